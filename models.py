@@ -1,0 +1,329 @@
+"""Every net, and everything about weights: building, running, saving and loading them.
+
+Constructors take plain keyword arguments, read no globals and print nothing, so that a checkpoint
+can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import OrderedDict
+from inspect import signature
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from datasets import UserError, write_whole
+
+# autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
+MODERN = hasattr(torch, 'autocast')
+
+
+# ------------------------------------------------------------------------------------------- nets
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions (He et al. 2016, arXiv 1603.05027).
+
+    (N, channels, H, W) -> the same shape.
+    """
+
+    def __init__(self, channels):
+        super(ResidualBlock, self).__init__()
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class VAEEncoder(nn.Module):
+    """(N, 3, 64, 64) float in [0, 1] -> mean and log-variance of q(z|x), each (N, latent_dim)."""
+
+    def __init__(self, latent_dim, channels):
+        super(VAEEncoder, self).__init__()
+        layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1)]       # 32x32
+        for before, after in zip(channels, channels[1:]):                              # 16, 8, 4
+            layers += [nn.BatchNorm2d(before), nn.LeakyReLU(0.2),
+                       nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1),
+                       ResidualBlock(after)]
+        self.features = nn.Sequential(*layers, nn.BatchNorm2d(channels[-1]), nn.LeakyReLU(0.2))
+        self.mean = nn.Linear(channels[-1] * 4 * 4, latent_dim)
+        self.log_variance = nn.Linear(channels[-1] * 4 * 4, latent_dim)
+
+    def forward(self, x):
+        features = self.features(2 * x - 1).flatten(1)      # (N, channels[-1] * 16)
+        return self.mean(features), self.log_variance(features)
+
+
+class VAEDecoder(nn.Module):
+    """(N, latent_dim) -> (N, 3, 64, 64) float in [0, 1].
+
+    Upsampling is a 1x1 convolution to four times the channels and a pixel shuffle (Shi et al. 2016,
+    arXiv 1609.05158): on a CPU several times faster than a transposed convolution.
+    """
+
+    def __init__(self, latent_dim, channels):
+        super(VAEDecoder, self).__init__()
+        self.channels = channels[-1]
+        self.project = nn.Linear(latent_dim, self.channels * 4 * 4)
+        layers = []
+        for before, after in zip(channels[:0:-1], channels[-2::-1]):                   # 4, 8, 16
+            layers += [ResidualBlock(before), nn.Conv2d(before, 4 * after, kernel_size=1),
+                       nn.PixelShuffle(2)]
+        self.layers = nn.Sequential(
+            *layers, ResidualBlock(channels[0]), nn.BatchNorm2d(channels[0]), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels[0], 3 * 4, kernel_size=3, padding=1), nn.PixelShuffle(2))   # 64x64
+
+    def forward(self, z):
+        features = self.project(z).view(-1, self.channels, 4, 4)
+        return torch.sigmoid(self.layers(features))
+
+
+class VAE(nn.Module):
+    """Variational autoencoder for 64x64 images (Kingma and Welling 2014, arXiv 1312.6114)."""
+
+    def __init__(self, latent_dim=128, channels=(32, 64, 128, 256)):
+        super(VAE, self).__init__()
+        self.encoder = VAEEncoder(latent_dim, tuple(channels))
+        self.decoder = VAEDecoder(latent_dim, tuple(channels))
+
+    def forward(self, x, noise):
+        """Return reconstruction (N, 3, 64, 64), mean and log-variance (N, latent_dim).
+
+        noise is a draw of N(0, I), (N, latent_dim): z = mean + exp(log_variance / 2) noise.
+        """
+        mean, log_variance = self.encoder(x)
+        z = mean + torch.exp(0.5 * log_variance) * noise
+        return self.decoder(z), mean, log_variance
+
+
+# ---------------------------------------------------------------------------------------- running
+
+def pick_device(name):
+    """Return the torch.device for 'auto' (a GPU if there is one), 'cpu' or 'cuda'."""
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise UserError('this torch sees no GPU: leave --device out, or say --device cpu')
+    return torch.device('cuda' if name != 'cpu' and torch.cuda.is_available() else 'cpu')
+
+
+def pick_precision(device):
+    """Return 'bf16' where bfloat16 autocast trains faster than float32 on this device, else 'fp32'.
+
+    On a CPU it is measured, not read off the feature flags: AVX512-BF16 doubles the speed of a
+    convolution on AMD's Zen 4 and 5 and, without AMX, halves it on Intel's Xeons.
+    """
+    if not MODERN:
+        return 'fp32'
+    if device.type == 'cuda':
+        return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp32'
+    conv = nn.Conv2d(64, 64, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.zeros(16, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    images.requires_grad_()
+    seconds = {}
+    for precision in ('fp32', 'bf16') * 4:
+        start = time.perf_counter()
+        with autocast(device, precision):
+            output = conv(images)
+        output.float().sum().backward()
+        # the first round also builds the kernels; the least of the rounds leaves that out
+        seconds[precision] = min(seconds.get(precision, 1e9), time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
+
+
+def autocast(device, precision):
+    """Return the context in which a net runs in precision 'bf16' or 'fp32' on device."""
+    if precision == 'bf16':
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.ExitStack()      # does nothing
+
+
+def for_training(net, device):
+    """Move a net to device, with channels_last weights where this torch gains from them."""
+    torch.set_flush_denormal(True)     # saturated nets make denormals, 40 times slower on a CPU
+    if device.type == 'cuda' and MODERN:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    net = net.to(device).train()
+    return net.to(memory_format=torch.channels_last) if MODERN else net
+
+
+def on_device(images, device):
+    """Move a float image batch to device, in the memory layout of for_training's nets."""
+    images = images.to(device)
+    return images.contiguous(memory_format=torch.channels_last) if MODERN else images
+
+
+def set_learning_rate(optimizer, learning_rate):
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate
+
+
+def update_average(average, net, decay):
+    """Move average towards net: average = decay average + (1 - decay) net, buffers too."""
+    with torch.no_grad():
+        new = net.state_dict()
+        for name, value in average.state_dict().items():
+            if value.is_floating_point():
+                value.add_(new[name] - value, alpha=1 - decay)
+            else:
+                value.copy_(new[name])
+
+
+def run_batches(function, device, *inputs, batch_size=50):
+    """Call function on one batch of inputs after another and join the results on the CPU.
+
+    inputs are tensors of N rows; function takes the same rows of each, on device, and returns one
+    tensor or a tuple of them, batch first.  The results are float32.
+    """
+    with torch.no_grad():
+        outputs = [function(*[rows[start:start + batch_size].to(device) for rows in inputs])
+                   for start in range(0, len(inputs[0]), batch_size)]
+    if torch.is_tensor(outputs[0]):
+        return torch.cat([output.float().cpu() for output in outputs])
+    return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*outputs))
+
+
+def decode_noise(decoder, count, dimensions, seed, device):
+    """Decode count draws of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images.
+
+    decoder maps them to [0, 1].  The draws come from NumPy's legacy generator, whose stream is
+    frozen (NEP 19); each is decoded alone and on one thread, since the order in which a convolution
+    adds up, and with it the last bit, may change with the batch size and the number of threads.
+    """
+    noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    try:
+        images = run_batches(decoder, device, torch.from_numpy(noise), batch_size=1)
+    finally:
+        torch.set_num_threads(threads)
+    return to_uint8(images)
+
+
+def to_uint8(images):
+    """Round float images in [0, 1] to uint8."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# -------------------------------------------------------------------------------------- on the disk
+
+def plain_state(net):
+    """Return net's state_dict as contiguous float32 or int64 tensors on the CPU."""
+    return OrderedDict((name, (value.detach().float() if value.is_floating_point() else value)
+                        .cpu().contiguous().clone()) for name, value in net.state_dict().items())
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of plain values and tensors to path, whole or not at all, as torch 1.4 reads it.
+
+    torch 1.6 and newer write a zip file by default, which torch 1.4 refuses.
+    """
+    write_whole(path, lambda temporary: torch.save(checkpoint, temporary,
+                                                   _use_new_zipfile_serialization=False))
+
+
+def load_checkpoint(path, problem):
+    """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU.
+
+    Raises UserError if path is missing, torn, no checkpoint or one of another problem.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {path}: train one with --train, '
+                        f'or let hw3_{problem[:2]}.sh fetch it')
+    # torch 1.4 would hand weights_only on to pickle
+    safe = {'weights_only': True} if 'weights_only' in signature(torch.load).parameters else {}
+    try:
+        checkpoint = torch.load(path, map_location='cpu', **safe)
+        found = checkpoint['problem']
+    except Exception as error:     # a torn pickle can raise nearly anything
+        reason = ' '.join(str(error).split())[:80]
+        raise UserError(f'{path} is no checkpoint or a torn one ({type(error).__name__}: {reason}): '
+                        f'delete it and let hw3_{problem[:2]}.sh fetch it again, or train anew')
+    if found != problem:
+        raise UserError(f'{path} is a checkpoint of {found}, not of {problem}: name another --ckpt')
+    return checkpoint
+
+
+def resume_run(path, problem, resume, given, defaults):
+    """Return (settings, state) of a run whose training state is, or will be, saved at path.
+
+    given holds the settings of the command line, None where the user left one out; a saved run
+    supplies these, or defaults does.  state is None for a new run.  Raises UserError where a flag
+    contradicts the saved run, or a new run would overwrite an unfinished one.
+    """
+    state = load_checkpoint(path, problem) if os.path.exists(path) else None
+    if resume and state is None:
+        print(f'{path} does not exist yet: starting a new run', flush=True)
+    if state is not None and not resume:
+        if state['step'] < state['settings']['steps']:
+            raise UserError(f'{path} holds a run stopped at step {state["step"]} of '
+                            f'{state["settings"]["steps"]}: add --resume, or delete it to start anew')
+        state = None
+    settings = dict(defaults if state is None else state['settings'])
+    for name, value in given.items():
+        if value is not None and state is not None and value != settings[name]:
+            raise UserError(f'{path} was started with --{name} {settings[name]}: resume without '
+                            f'--{name}, or delete it to start anew')
+        if value is not None:
+            settings[name] = value
+    return settings, state
+
+
+def write_sum(path):
+    """Put path's SHA-256 into the file SHA256SUMS beside it, as sha256sum prints it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    sums = os.path.join(folder, 'SHA256SUMS')
+    lines = []
+    if os.path.exists(sums):
+        with open(sums) as file:
+            lines = [line for line in file if line.split()[-1] != name]
+    with open(path, 'rb') as file:
+        lines.append(f'{hashlib.sha256(file.read()).hexdigest()}  {name}\n')
+
+    def write(temporary):
+        with open(temporary, 'w') as file:
+            file.writelines(sorted(lines, key=lambda line: line.split()[-1]))
+    write_whole(sums, write)
+
+
+class RunLog(object):
+    """The scalars of one training run as JSON lines beside its checkpoint, for --plot and README.
+
+    Opened again at step, it forgets what was logged after that step, so that a resumed run's log
+    reads as if the run had never stopped.
+    """
+
+    def __init__(self, path, step):
+        kept = read_log(path, step) if step else []
+
+        def write(temporary):
+            with open(temporary, 'w') as file:
+                file.writelines(json.dumps(record) + '\n' for record in kept)
+        write_whole(path, write)
+        self.path = path
+
+    def add(self, kind, **scalars):
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(dict(kind=kind, **scalars)) + '\n')
+
+
+def read_log(path, last_step=float('inf')):
+    """Return the records (dicts) of a JSON-lines log up to last_step; a torn line ends it."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no log {path}: it is written beside the checkpoint by --train')
+    records = []
+    with open(path) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record.get('step', 0) <= last_step:
+                records.append(record)
+    return records
