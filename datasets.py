@@ -223,8 +223,69 @@ def save_single(folder, images):
     write_whole(folder, write)
 
 
-def new_figure(*args, **kwargs): pass
-def save_figure(*args, **kwargs): pass
-def save_text(*args, **kwargs): pass
-def save_tsne(*args, **kwargs): pass
-def show_pixels(*args, **kwargs): pass
+# ---------------------------------------------------------------------------------------- figures
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, with a shape for each
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000')
+MARKERS = 'o^sDvP*'
+
+
+def new_figure(width, height, rows=1, columns=1):
+    """Return a matplotlib figure of width x height inches and its axes, rows x columns of them.
+
+    Made without pyplot, which would look for a screen.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def save_figure(path, figure):
+    """Write a figure to path at 150 dots per inch, without a date or version in it."""
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150,
+                                                       metadata={'Software': None}))
+
+
+def draw_pixels(axes, pixels):
+    """Fill axes with a (height, width, 3) uint8 picture; data coordinates are its pixels."""
+    from matplotlib.image import AxesImage
+    height, width = pixels.shape[:2]
+    image = AxesImage(axes, extent=(0, width, height, 0), origin='upper', interpolation='nearest')
+    image.set_data(pixels)
+    axes.add_image(image)
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect='equal')
+    axes.axis('off')
+
+
+def draw_text(path, title, parts):
+    """Write texts, a print(model) each, side by side in one picture."""
+    lines = max(part.count('\n') + 1 for part in parts)
+    letters = max(len(line) for part in parts for line in part.split('\n'))
+    figure, all_axes = new_figure((0.056 * letters + 0.2) * len(parts), 0.11 * lines + 0.7,
+                                  columns=len(parts))
+    for axes, part in zip(np.atleast_1d(all_axes), parts):
+        axes.axis('off')
+        axes.text(0, 1, part, family='monospace', fontsize=6.5, va='top', transform=axes.transAxes)
+    figure.suptitle(title)
+    save_figure(path, figure)
+
+
+def embed(features):
+    """Map (N, dimensions) features to (N, 2) by t-SNE (van der Maaten and Hinton 2008), seed 0."""
+    from sklearn.manifold import TSNE
+    # the names that sklearn 0.21 and today's share; its own default of 30 needs 90 points or more
+    return TSNE(init='pca', learning_rate=200.0, random_state=0,
+                perplexity=min(30.0, (len(features) - 1) / 3)).fit_transform(features)
+
+
+def draw_points(axes, points, labels, names):
+    """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1."""
+    for label, name in enumerate(names):
+        chosen = points[np.asarray(labels) == label]
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=COLOURS[label], marker=MARKERS[label],
+                     alpha=0.75, linewidths=0, label=f'{name} ({len(chosen)})')
+    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
+    axes.legend(markerscale=1.8)

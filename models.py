@@ -4,6 +4,7 @@ Constructors take plain keyword arguments, read no globals and print nothing, so
 can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
 """
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -199,6 +200,7 @@ def decode_noise(decoder, count, dimensions, seed, device):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
     try:
         images = run_batches(decoder, device, torch.from_numpy(noise), batch_size=1)
     finally:
@@ -257,6 +259,9 @@ def resume_run(path, problem, resume, given, defaults):
     supplies these, or defaults does.  state is None for a new run.  Raises UserError where a flag
     contradicts the saved run, or a new run would overwrite an unfinished one.
     """
+    folder, name = os.path.split(os.path.abspath(path))
+    for leftover in glob.glob(os.path.join(folder, f'.*.{name}')):     # of a run killed in a save
+        os.remove(leftover)
     state = load_checkpoint(path, problem) if os.path.exists(path) else None
     if resume and state is None:
         print(f'{path} does not exist yet: starting a new run', flush=True)
@@ -276,13 +281,13 @@ def resume_run(path, problem, resume, given, defaults):
 
 
 def write_sum(path):
-    """Put path's SHA-256 into the file SHA256SUMS beside it, as sha256sum prints it."""
+    """Put path's SHA-256 into the SHA256SUMS beside it, if there is one, as sha256sum prints it."""
     folder, name = os.path.split(os.path.abspath(path))
     sums = os.path.join(folder, 'SHA256SUMS')
-    lines = []
-    if os.path.exists(sums):
-        with open(sums) as file:
-            lines = [line for line in file if line.split()[-1] != name]
+    if not os.path.exists(sums):
+        return
+    with open(sums) as file:
+        lines = [line for line in file if line.split()[1:] != [name]]
     with open(path, 'rb') as file:
         lines.append(f'{hashlib.sha256(file.read()).hexdigest()}  {name}\n')
 
@@ -295,12 +300,13 @@ def write_sum(path):
 class RunLog(object):
     """The scalars of one training run as JSON lines beside its checkpoint, for --plot and README.
 
-    Opened again at step, it forgets what was logged after that step, so that a resumed run's log
-    reads as if the run had never stopped.
+    Opened again at step, it forgets what was logged after that step, and the measurement at a run's
+    end, so that a resumed run's log reads as if the run had never stopped.
     """
 
     def __init__(self, path, step):
-        kept = read_log(path, step) if step else []
+        kept = [record for record in (read_log(path, step) if step else [])
+                if record['kind'] != 'test']
 
         def write(temporary):
             with open(temporary, 'w') as file:

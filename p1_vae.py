@@ -24,9 +24,9 @@ import time
 import numpy as np
 import torch
 
-from datasets import (FaceImages, UserError, check_picture_path, make_grid, new_figure, random_flip,
-                      run_command, save_figure, save_picture, save_single, save_text, save_tsne,
-                      show_pixels, split_held_out, to_float)
+from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_pixels, draw_points,
+                      draw_text, embed, make_grid, new_figure, random_flip, run_command, save_figure,
+                      save_picture, save_single, split_held_out, to_float)
 from models import (VAE, RunLog, autocast, decode_noise, for_training, load_checkpoint, on_device,
                     pick_device, pick_precision, plain_state, read_log, resume_run, run_batches,
                     save_checkpoint, set_learning_rate, to_uint8, update_average, write_sum)
@@ -56,6 +56,9 @@ SAVE_EVERY = 500             # steps
 FACES = 32                   # in the graded picture
 COLUMNS = 8
 TABLE_SEED = 10              # picks the ten test images of table 1_3
+SWEEP = os.path.join(HERE, 'checkpoints', 'p1_lambda')             # logs of other lambda_KL
+LINEAR_CODE = os.path.join(HERE, 'checkpoints', 'p1_linear_code.jsonl')    # of tests/benchmark.py
+PUBLISHED = (50, 0.0072)     # KL in nats and MSE of the best public submissions: see README.md
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -121,9 +124,8 @@ def train(args):
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
     # nets
-    vae = VAE(**NET)
-    if settings['init']:
-        vae.load_state_dict(load_checkpoint(settings['init'], PROBLEM)['net'])
+    config = load_checkpoint(settings['init'], PROBLEM)['config'] if settings['init'] else NET
+    vae = load_vae(settings['init'], device)[0] if settings['init'] else VAE(**config)
     vae = for_training(vae, device)
     average = copy.deepcopy(vae).eval()
     # optimizers
@@ -148,7 +150,7 @@ def train(args):
         # batch
         rows = torch.randint(len(training), (batch_size,), generator=generator)
         x = on_device(random_flip(to_float(training[rows]), generator), device)
-        noise = torch.randn(batch_size, NET['latent_dim'], generator=generator).to(device)
+        noise = torch.randn(batch_size, config['latent_dim'], generator=generator).to(device)
         # update: reconstruction + lambda_KL KL
         learning_rate, lambda_kl = learning_rate_at(step, steps), lambda_kl_at(step, settings)
         set_learning_rate(optimizer, learning_rate)
@@ -188,7 +190,7 @@ def train(args):
                 average=average.state_dict(), optimizer=optimizer.state_dict(),
                 generator=generator.get_state()))
     # final check from file
-    checkpoint = dict(problem=PROBLEM, step=chosen['step'], config=NET, net=chosen['net'],
+    checkpoint = dict(problem=PROBLEM, step=chosen['step'], config=config, net=chosen['net'],
                       settings=settings, metrics={}, command=args.command)
     save_checkpoint(args.ckpt, checkpoint)
     vae = load_vae(args.ckpt, device)[0]
@@ -223,7 +225,7 @@ def infer(args):
     # on the CPU unless asked otherwise: the picture is the same on every machine
     device = pick_device(args.device or 'cpu')
     vae = load_vae(args.ckpt, device)[0]
-    images = draw_faces(vae, args.n or FACES, args.seed or DEFAULTS["seed"], device)
+    images = draw_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)
     if args.n is None:
         save_picture(args.out, make_grid(images, COLUMNS))
     else:
@@ -234,7 +236,136 @@ def infer(args):
 
 def plot(args):
     """Write every figure of the report to --out (figures/) from checkpoint, logs and test faces."""
-    raise NotImplementedError
+    device = pick_device(args.device or 'cpu')
+    vae, checkpoint = load_vae(args.ckpt, device)
+    base = os.path.splitext(args.ckpt)[0]
+    log, test = read_log(base + '.jsonl'), FaceImages(args.data_dir, 'test')
+    has_attribute = test.attribute(args.attribute)
+    means = run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, test.images)
+    draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
+              [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])
+    plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
+    plot_reconstructions(os.path.join(args.out, 'table1_3.png'), vae, test, means, device)
+    save_picture(os.path.join(args.out, 'fig1_4.png'),
+                 make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
+    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, has_attribute, args.attribute)
+    plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, args.attribute, device)
+    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base)
+    print(f'seven figures and tables are in {args.out}')
+
+
+def plot_learning_curves(path, log):
+    """fig1_2: reconstruction and KL over the images seen, training and held-out."""
+    settings = log[0]['settings']
+    figure, axes = new_figure(9, 3.8, columns=2)
+    for kind, colour, label in (('train', COLOURS[4], 'training batch (net in training)'),
+                                ('held_out', COLOURS[5], 'held-out faces (averaged weights)')):
+        records = [record for record in log if record['kind'] == kind]
+        seen = [record['step'] * settings['batch_size'] / 1000 for record in records]
+        for one, scalar in zip(axes, ('reconstruction', 'kl')):
+            one.plot(seen, [record[scalar] for record in records], color=colour, label=label,
+                     linewidth=1.8 if kind == 'held_out' else 0.8)
+    axes[0].set(title='Reconstruction, decoded from a draw of q(z|x)', yscale='log',
+                xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
+    axes[1].set(title='KL divergence from N(0, I)', yscale='log',
+                xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
+    for one in axes:
+        one.grid(True, which='both', alpha=0.25)
+        one.legend()
+    save_figure(path, figure)
+
+
+def plot_reconstructions(path, vae, test, means, device):
+    """table1_3: ten test images by a fixed seed, decoded from their means, and each one's MSE."""
+    rows = np.sort(np.random.RandomState(TABLE_SEED).choice(len(test.names), 10, replace=False))
+    images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
+    errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
+    figure, axes = new_figure(11, 3.1)
+    draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
+    for index, error in enumerate(errors.tolist()):
+        axes.text(35 + 66 * index, -5, test.names[rows[index]], ha='center', fontsize=8)
+        axes.text(35 + 66 * index, 149, f'{error:.4f}', ha='center', fontsize=9)
+    for y, text in ((35, 'testing image'), (101, 'reconstruction'), (146, 'MSE')):
+        axes.text(-6, y, text, ha='right', va='center', fontsize=9)
+    axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
+                   'MSE per pixel in [0, 1]', fontsize=10, pad=18)
+    save_figure(path, figure)
+
+
+def plot_latent_space(path, means, has_attribute, attribute):
+    """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
+    figure, axes = new_figure(7.5, 6.5)
+    draw_points(axes, embed(means.numpy()), has_attribute.astype(int),
+                [f'not {attribute}', attribute])
+    axes.set_title(f'Latent means of {len(means)} test faces by t-SNE, coloured by {attribute}')
+    save_figure(path, figure)
+
+
+def plot_directions(path, vae, test, means, attribute, device):
+    """fig1_6: walks between two faces, and along the mean difference of an attribute."""
+    rng = np.random.RandomState(TABLE_SEED)
+    walks, titles = [], []
+    for _ in range(4):
+        left, right = rng.choice(len(means), 2, replace=False)
+        walks += [means[left] + (means[right] - means[left]) * share
+                  for share in np.linspace(0, 1, 9)]
+        titles.append(f'{test.names[left][:5]} to {test.names[right][:5]}')
+    shown = [attribute] + [name for name in ('Smiling', 'Male', 'Blond_Hair', 'Bangs')
+                           if name != attribute and name in test.attributes.columns][:3]
+    start = means[rng.randint(len(means))]
+    for name in shown:
+        has = torch.from_numpy(test.attribute(name))
+        direction = means[has].mean(0) - means[~has].mean(0)
+        walks += [start + direction * times for times in np.linspace(-2, 2, 9)]
+        titles.append(name)
+    decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
+    figure, axes = new_figure(9, 9.2, rows=2)
+    for one, first, ticks, title in (
+            (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
+             'Straight walks between the latent means of two test faces'),
+            (axes[1], 4, [f'{times:+.1f}' for times in np.linspace(-2, 2, 9)],
+             'One test face moved along attributes: multiples of the difference between\n'
+             'the mean of the faces that have the attribute and of those that do not')):
+        draw_pixels(one, make_grid(decoded[9 * first:9 * (first + 4)], columns=9))
+        for index, tick in enumerate(ticks):
+            one.text(35 + 66 * index, -5, tick, ha='center', fontsize=8)
+        for index, name in enumerate(titles[first:first + 4]):
+            one.text(-6, 35 + 66 * index, name, ha='right', va='center', fontsize=9)
+        one.set_title(title, fontsize=11, pad=18)
+    save_figure(path, figure)
+
+
+def plot_rate_distortion(path, base):
+    """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
+    linear = read_log(LINEAR_CODE)
+    logs = [base + '.jsonl'] + sorted(glob.glob(os.path.join(SWEEP, '*.jsonl')))
+    points = sorted((record['kl'], record['mse'], record['lambda_kl'])
+                    for log in logs for record in read_log(log) if record['kind'] == 'test')
+    figure, axes = new_figure(8, 5.2)
+    rates = np.array([record['rate'] for record in linear])
+    curve = np.array([record['distortion'] for record in linear])
+    axes.plot(rates, curve, color=COLOURS[6], label='linear-Gaussian code (PCA, water-filling)')
+    axes.plot(rates, 0.75 * curve, ':', color=COLOURS[6], label='0.75 of it: the goal')
+    axes.plot([record['test_kl'] for record in linear], [record['test_mse'] for record in linear],
+              '--', color=COLOURS[1], label='the same linear code decoded from the mean, test faces')
+    axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
+              color=COLOURS[0], label='this VAE decoded from the mean, test faces')
+    for kl, mse, lambda_kl in points:
+        axes.annotate(r'$\lambda_{KL}$ = %.3g' % lambda_kl, (kl, mse), xytext=(0, -14),
+                      textcoords='offset points', fontsize=8, color=COLOURS[0], ha='right')
+    axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=11,
+              label='best public report (40,000 faces, KL read off plots)')
+    axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
+             ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log',
+             xlim=(10, 300), ylim=(0.004, 0.03))
+    axes.set_xticks([10, 20, 50, 100, 200])
+    axes.set_yticks([0.005, 0.01, 0.02])
+    axes.xaxis.set_major_formatter('{x:.0f}')
+    axes.yaxis.set_major_formatter('{x:.3f}')
+    axes.yaxis.set_minor_formatter('')
+    axes.grid(True, which='both', alpha=0.25)
+    axes.legend(fontsize=8)
+    save_figure(path, figure)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -1,0 +1,212 @@
+"""Measurements that are too long for CI; each prints a table and writes its log into checkpoints/.
+
+    python3 tests/benchmark.py linear_code --data_dir hw3_data     the yardstick of problem 1
+    python3 tests/benchmark.py training --data_dir hw3_data        training speed against a plain loop
+    python3 tests/benchmark.py scripts                             wall time and memory of hw3_p1.sh
+    python3 tests/benchmark.py samples --data_dir hw3_data --scorer face_score.py --python PYTHON
+                                                                   quality of 1,000 drawn faces
+"""
+import argparse
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import p1_vae                                                                       # noqa: E402
+from datasets import FaceImages, to_float, write_whole                             # noqa: E402
+from models import VAE                                                              # noqa: E402
+
+CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
+
+
+def write_log(name, records):
+    """Write records as JSON lines to checkpoints/name."""
+    def write(temporary):
+        with open(temporary, 'w') as file:
+            file.writelines(json.dumps(record) + '\n' for record in records)
+    write_whole(os.path.join(CHECKPOINTS, name), write)
+
+
+def linear_code(args):
+    """Rate and distortion of a linear-Gaussian code of the training faces.
+
+    The principal components are independent Gaussians of variance s; a component with s > theta
+    gets log(s / theta) / 2 nats and keeps an error of theta, another gets none and keeps s (reverse
+    water-filling: Cover and Thomas, Elements of Information Theory, section 10.3.3).  Written as a
+    VAE, its q(z|x) has the mean sqrt(1 - theta / s) x / sqrt(s) and the variance theta / s; so it
+    can also be measured as ours is, decoded from the mean, on the test faces.
+    """
+    from sklearn.decomposition import PCA
+    training = to_float(FaceImages(args.data_dir, 'train').images).flatten(1).numpy()
+    test = to_float(FaceImages(args.data_dir, 'test').images).flatten(1).numpy()
+    pixels = training.shape[1]
+    pca = PCA(n_components=500, svd_solver='randomized', random_state=0).fit(training)
+    variances, total = pca.explained_variance_, training.var(0).sum()
+    scores = pca.transform(test)
+    rest = ((test - pca.mean_) ** 2).sum(1).mean() - (scores ** 2).sum(1).mean()
+    records = []
+    print('  theta  nats    MSE   | test faces: KL  MSE decoded from the mean')
+    for theta in np.geomspace(8, 0.1, 40):
+        kept = variances > theta
+        s, x = variances[kept], scores[:, kept]
+        shrink = 1 - theta / s
+        error = ((x * theta / s) ** 2).sum(1).mean() + (scores[:, ~kept] ** 2).sum(1).mean() + rest
+        kl = 0.5 * (shrink * x ** 2 / s + theta / s - 1 - np.log(theta / s)).sum(1).mean()
+        records.append(dict(
+            kind='linear_code', theta=theta, components=int(kept.sum()),
+            rate=float(0.5 * np.log(s / theta).sum()),
+            distortion=float((theta * kept.sum() + total - s.sum()) / pixels),
+            test_kl=float(kl), test_mse=float(error / pixels)))
+        print('{theta:7.3f} {rate:5.1f}  {distortion:.5f} |       {test_kl:5.1f}  {test_mse:.5f}'
+              .format(**records[-1]))
+    write_log('p1_linear_code.jsonl', records)
+
+
+def plain_training(data_dir, steps, batch_size):
+    """Images per second of the same net in the loop of a tutorial: fp32, PNG files, a DataLoader."""
+    folder = os.path.join(data_dir, 'face', 'train')
+    names = sorted(os.listdir(folder))[:8500]
+
+    class Faces(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(names)
+
+        def __getitem__(self, index):
+            image = np.asarray(Image.open(os.path.join(folder, names[index])).convert('RGB'))
+            image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
+            return image.flip(2) if torch.rand(1).item() < 0.5 else image
+
+    loader = torch.utils.data.DataLoader(Faces(), batch_size=batch_size, shuffle=True)
+    vae = VAE(**p1_vae.NET).train()
+    average = copy.deepcopy(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    for step, x in enumerate(loader):
+        if step == 2:
+            start = time.perf_counter()
+        if step == steps + 2:
+            break
+        output, mean, log_variance = vae(x, torch.randn(len(x), p1_vae.NET['latent_dim']))
+        loss = (p1_vae.reconstruction_loss(output, x)
+                + 1e-4 * p1_vae.kl_divergence(mean, log_variance).mean())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for old, new in zip(average.parameters(), vae.parameters()):
+            old.data = 0.999 * old.data + 0.001 * new.data
+    return steps * batch_size / (time.perf_counter() - start)
+
+
+def our_training(data_dir, steps, batch_size):
+    """Images per second of p1_vae.py --train, by its own log, once it has warmed up."""
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt = os.path.join(folder, 'p1_vae.pth')
+        subprocess.run([sys.executable, os.path.join(ROOT, 'p1_vae.py'), '--train', '--data_dir',
+                        data_dir, '--ckpt', ckpt, '--steps', str(steps), '--batch_size',
+                        str(batch_size), '--device', 'cpu'], check=True, stdout=subprocess.DEVNULL)
+        with open(os.path.join(folder, 'p1_vae.jsonl')) as file:
+            records = [json.loads(line) for line in file]
+    # the log has the mean speed since the start; the time between its first record and its last
+    # leaves out reading the images and warming up
+    train = [record for record in records if record['kind'] == 'train']
+    seconds = [record['step'] * batch_size / record['images_per_second'] for record in train]
+    speed = (train[-1]['step'] - train[0]['step']) * batch_size / (seconds[-1] - seconds[0])
+    return speed, records[0]['precision']
+
+
+def training(args):
+    """Compare the two loops on this machine, in turns, and print the ratio."""
+    plain, ours = [], []
+    for _ in range(2):
+        plain.append(plain_training(args.data_dir, steps=30, batch_size=64))
+        speed, precision = our_training(args.data_dir, steps=150, batch_size=64)
+        ours.append(speed)
+    record = dict(kind='training', problem='p1', plain=max(plain), ours=max(ours),
+                  ratio=max(ours) / max(plain), precision=precision,
+                  threads=torch.get_num_threads(), torch=torch.__version__)
+    print('p1: {ours:.0f} images/s in {precision}, plain loop {plain:.0f}, ratio {ratio:.2f}'
+          .format(**record))
+    write_log('benchmark_training.jsonl', [record])
+
+
+def timed(command):
+    """Run a command; return its wall time in seconds and its peak memory in MB."""
+    code = ('import os, resource, subprocess, sys, time\n'
+            'start = time.perf_counter()\n'
+            'subprocess.check_call(sys.argv[1:])\n'
+            'print(time.perf_counter() - start,'
+            ' resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)')
+    output = subprocess.check_output([sys.executable, '-c', code] + command)
+    seconds, megabytes = output.decode().split()[-2:]
+    return float(seconds), float(megabytes)
+
+
+def scripts(args):
+    """Wall time and peak memory of the grader's command, and what importing torch takes of it."""
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, 'out.png')
+        runs = [timed(['bash', os.path.join(ROOT, 'hw3_p1.sh'), out]) for _ in range(3)]
+        imports = [timed(['python3', '-c', 'import torch']) for _ in range(3)]
+    version = subprocess.check_output(['python3', '-c', 'import torch; print(torch.__version__)'])
+    records.append(dict(kind='script', script='hw3_p1.sh', seconds=min(runs)[0],
+                        megabytes=max(run[1] for run in runs), import_seconds=min(imports)[0],
+                        torch=version.decode().strip()))
+    for record in records:
+        print('{script}: {seconds:.2f} s, of which importing torch {import_seconds:.2f} s; '
+              'at most {megabytes:.0f} MB (torch {torch})'.format(**record))
+    name = 'benchmark_scripts.jsonl'
+    path = os.path.join(CHECKPOINTS, name)
+    if os.path.exists(path):                # one record for each torch that was measured
+        with open(path) as file:
+            records += [record for record in map(json.loads, file)
+                        if record['torch'] != records[0]['torch']]
+    write_log(name, records)
+
+
+def samples(args):
+    """Draw 1,000 faces and have the scorer compare them, and 1,000 real ones, with the test faces.
+
+    The scorer (a script of its own, with dlib) prints: n 1000  detected D  frechet F  nearest N.
+    """
+    real = os.path.join(args.data_dir, 'face')
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = os.path.join(folder, 'p1')
+        subprocess.check_call([sys.executable, os.path.join(ROOT, 'p1_vae.py'), '--out', drawn,
+                               '--n', '1000'])
+        for what, images in (('p1_vae', drawn), ('real training faces', os.path.join(real, 'train'))):
+            line = subprocess.check_output([args.python, args.scorer, images,
+                                            os.path.join(real, 'test')]).decode().strip()
+            numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
+                                   line).groups()
+            records.append(dict(kind='samples', what=what, n=int(numbers[0]), **dict(
+                zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])))))
+            print(f'{what}: {line}', flush=True)
+    write_log('samples.jsonl', records)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples'])
+    parser.add_argument('--data_dir', default='hw3_data')
+    parser.add_argument('--scorer', help='samples: the face scorer')
+    parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
+    args = parser.parse_args()
+    {'linear_code': linear_code, 'training': training, 'scripts': scripts,
+     'samples': samples}[args.what](args)
+
+
+if __name__ == '__main__':
+    main()

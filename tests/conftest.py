@@ -1,0 +1,95 @@
+"""What the tests share: a small data folder drawn here, and the project's commands as users call them."""
+import csv
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+ATTRIBUTES = ['Bangs', 'Blond_Hair', 'Male', 'Smiling']
+
+
+def run(command, cwd=ROOT, timeout=300, **environment):
+    """Run a command with this Python as python3; return it with returncode, stdout and stderr."""
+    variables = dict(os.environ, no_proxy='127.0.0.1', **environment)
+    variables['PATH'] = os.path.dirname(sys.executable) + os.pathsep + variables['PATH']
+    return subprocess.run([str(word) for word in command], cwd=str(cwd), env=variables,
+                          timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL, universal_newlines=True)
+
+
+def assert_one_line(result, *words, code=1):
+    """Assert that a command failed with one line on stderr that holds each of words."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.strip().split('\n')
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert str(word) in lines[0]
+
+
+def draw_face(rng):
+    """A cartoon face, 64x64: enough for a net to have something to learn."""
+    colour = lambda: tuple(int(value) for value in rng.randint(40, 216, 3))     # noqa: E731
+    image = Image.new('RGB', (64, 64), colour())
+    draw = ImageDraw.Draw(image)
+    x, y = rng.randint(26, 39), rng.randint(28, 37)
+    draw.ellipse([x - 18, y - 22, x + 18, y + 22], fill=colour())
+    for side in (-8, 8):
+        draw.ellipse([x + side - 3, y - 8, x + side + 3, y - 4], fill=colour())
+    draw.line([x - 8, y + 10, x + 8, y + 10], fill=colour(), width=2)
+    return image
+
+
+def write_rows(path, header, rows):
+    with open(str(path), 'w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_faces(root, counts=(40, 12)):
+    """Write root/face/{train,test} and their CSV files, named on from 00000.png as the course does."""
+    rng = np.random.RandomState(1)
+    first = 0
+    for split, count in zip(('train', 'test'), counts):
+        folder = os.path.join(str(root), 'face', split)
+        os.makedirs(folder)
+        names = [f'{index:05d}.png' for index in range(first, first + count)]
+        for name in names:
+            draw_face(rng).save(os.path.join(folder, name))
+        write_rows(folder + '.csv', ['image_name'] + ATTRIBUTES,
+                   [[name] + [float(value) for value in rng.randint(0, 2, 4)] for name in names])
+        first += count
+    return str(root)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A data folder that tests only read."""
+    return write_faces(tmp_path_factory.mktemp('shared data'))
+
+
+@pytest.fixture
+def own_data_dir(tmp_path):
+    """A data folder that a test may spoil."""
+    return write_faces(tmp_path / 'data')
+
+
+@pytest.fixture
+def copy_of_project(tmp_path):
+    """The project's own files in a folder of their own, with a space in its name."""
+    folder = tmp_path / 'a copy'
+    folder.mkdir()
+    (folder / 'checkpoints').mkdir()
+    for name in os.listdir(ROOT):
+        if name.endswith(('.sh', '.py')):
+            shutil.copy(os.path.join(ROOT, name), str(folder))
+    for name in ('p1_vae.pth', 'SHA256SUMS', 'URL'):
+        shutil.copy(os.path.join(ROOT, 'checkpoints', name), str(folder / 'checkpoints'))
+    return folder

@@ -1,0 +1,142 @@
+"""How a script comes by its checkpoint: the real wget against a real HTTP server on loopback."""
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import ThreadingMixIn
+
+import pytest
+from conftest import ROOT, assert_one_line, run
+
+with open(os.path.join(ROOT, 'checkpoints', 'p1_vae.pth'), 'rb') as weights:
+    GOOD = weights.read()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The first folder of the address chooses how the server behaves."""
+
+    def do_GET(self):
+        manner, name = self.path.strip('/').split('/')
+        wanted = self.headers.get('Range')
+        self.server.requests.append((manner, name, wanted))
+        body = {'html': b'<html>sign in first</html>', 'zeros': b'\0' * len(GOOD)}.get(manner, GOOD)
+        first = 0
+        if wanted and manner != 'norange':
+            first = int(wanted[len('bytes='):-1])
+        if manner == 'missing':
+            return self.send_error(404)
+        if first >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header('Content-Range', f'bytes {first}-{len(body) - 1}/{len(body)}')
+        self.send_header('Content-Length', str(len(body) - first))
+        self.end_headers()
+        # 'broken' says a length and closes the line after a quarter of it
+        self.wfile.write(body[first:first + len(body) // 4] if manner == 'broken' else body[first:])
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingMixIn, HTTPServer):
+    daemon_threads = True
+
+
+@pytest.fixture
+def server():
+    server = Server(('127.0.0.1', 0), Handler)
+    server.requests = []
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def draw(project, url='', out='out.png'):
+    return run(['bash', project / 'hw3_p1.sh', project / out], CHECKPOINT_URL=url)
+
+
+def test_good_checkpoint_needs_no_network(copy_of_project, server):
+    assert draw(copy_of_project, server.url + '/good').returncode == 0
+    assert server.requests == []
+
+
+@pytest.mark.parametrize('spoil', ['missing', 'torn', 'another'])
+@pytest.mark.parametrize('manner', ['good', 'good/', 'norange'])
+def test_fetches_a_missing_or_damaged_checkpoint(copy_of_project, server, spoil, manner):
+    file = copy_of_project / 'checkpoints' / 'p1_vae.pth'
+    file.unlink()
+    if spoil != 'missing':
+        file.write_bytes(GOOD[:1000] if spoil == 'torn' else GOOD[:-1] + b'x')
+    result = draw(copy_of_project, f'{server.url}/{manner}')
+    assert result.returncode == 0, result.stderr
+    assert file.read_bytes() == GOOD
+    assert (copy_of_project / 'out.png').exists()
+    assert not (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').exists()
+
+
+def test_address_from_the_file(copy_of_project, server):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    (copy_of_project / 'checkpoints' / 'URL').write_text(server.url + '/good\n')
+    assert draw(copy_of_project).returncode == 0
+    assert [request[:2] for request in server.requests] == [('good', 'p1_vae.pth')]
+
+
+@pytest.mark.parametrize('manner', ['good', 'norange'])
+def test_broken_download_is_resumed(copy_of_project, server, manner):
+    """A quarter arrives and stays a part; the next run asks for the rest only."""
+    folder = copy_of_project / 'checkpoints'
+    (folder / 'p1_vae.pth').unlink()
+    (folder / 'p1_vae.pth.part').write_bytes(GOOD[:len(GOOD) // 4])
+    assert draw(copy_of_project, f'{server.url}/{manner}').returncode == 0
+    assert server.requests[0][2] == f'bytes={len(GOOD) // 4}-'
+    assert (folder / 'p1_vae.pth').read_bytes() == GOOD
+
+
+def test_line_that_breaks_is_retried(copy_of_project, server):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    result = draw(copy_of_project, server.url + '/broken')
+    # three quarters in three tries: a part, and no checkpoint
+    assert_one_line(result, 'p1_vae.pth', server.url)
+    assert not (copy_of_project / 'checkpoints' / 'p1_vae.pth').exists()
+    part = (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').read_bytes()
+    assert 0 < len(part) < len(GOOD) and GOOD.startswith(part)
+    assert draw(copy_of_project, server.url + '/good').returncode == 0
+
+
+@pytest.mark.parametrize('manner', ['html', 'zeros'])
+def test_wrong_content_is_no_checkpoint(copy_of_project, server, manner):
+    """Nor does it stay in the way of the next try, even one that would resume."""
+    file = copy_of_project / 'checkpoints' / 'p1_vae.pth'
+    file.write_bytes(b'the old one')
+    assert_one_line(draw(copy_of_project, f'{server.url}/{manner}'), 'p1_vae.pth', 'wrong SHA-256')
+    assert file.read_bytes() == b'the old one'
+    assert not (copy_of_project / 'out.png').exists()
+    assert draw(copy_of_project, server.url + '/good').returncode == 0
+    assert file.read_bytes() == GOOD
+
+
+def test_part_longer_than_the_file(copy_of_project, server):
+    """The server refuses such a range (416); the run after that starts from nothing."""
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').write_bytes(GOOD + b'more')
+    assert_one_line(draw(copy_of_project, server.url + '/good'), 'p1_vae.pth')
+    assert draw(copy_of_project, server.url + '/good').returncode == 0
+
+
+@pytest.mark.parametrize('url,words', [
+    ('', ['no address is known']),
+    ('http://127.0.0.1:9/refused', ['127.0.0.1:9']),
+    ('not a url', ['not a url'])])
+def test_no_server(copy_of_project, url, words):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    result = draw(copy_of_project, url)
+    assert_one_line(result, 'p1_vae.pth', 'CHECKPOINT_URL', 'checkpoints/URL', *words)
+    assert not (copy_of_project / 'out.png').exists()
+    assert not (copy_of_project / 'checkpoints' / 'p1_vae.pth').exists()
+
+
+def test_not_found(copy_of_project, server):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    assert_one_line(draw(copy_of_project, server.url + '/missing'), 'p1_vae.pth', '/missing')

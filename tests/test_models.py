@@ -1,0 +1,187 @@
+"""The VAE's maths against oracles, and checkpoints on the disk."""
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import p1_vae
+from datasets import UserError
+from models import (VAE, autocast, decode_noise, for_training, load_checkpoint, pick_device,
+                    pick_precision, plain_state, run_batches, save_checkpoint, update_average,
+                    write_sum)
+
+SMALL = dict(latent_dim=6, channels=[4, 6, 8, 10])
+CPU = torch.device('cpu')
+
+
+def test_kl_against_torch_distributions():
+    mean, log_variance = torch.randn(5, 7), torch.randn(5, 7)
+    q = torch.distributions.Normal(mean, torch.exp(0.5 * log_variance))
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(p1_vae.kl_divergence(mean, log_variance), expected, atol=1e-5)
+    assert p1_vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+
+
+def test_reconstruction_loss_is_a_mean_over_everything():
+    x = torch.rand(2, 3, 64, 64)
+    assert abs(p1_vae.reconstruction_loss(x + 0.1, x).item() - 0.01) < 1e-6
+
+
+def test_schedules():
+    steps = 10000
+    rates = [p1_vae.learning_rate_at(step, steps) for step in range(1, steps + 1)]
+    assert rates[0] == pytest.approx(p1_vae.LEARNING_RATE / p1_vae.LEARNING_RATE_WARM_UP)
+    peak = rates.index(max(rates)) + 1
+    assert peak == p1_vae.LEARNING_RATE_WARM_UP and max(rates) == pytest.approx(1e-3, rel=1e-2)
+    assert 0 < rates[-1] < 1e-6 * max(rates) * 100
+    assert all(later <= earlier for earlier, later in zip(rates[peak:], rates[peak + 1:]))
+    new, warm = dict(lambda_kl=0.5, init=''), dict(lambda_kl=0.5, init='x.pth')
+    assert p1_vae.lambda_kl_at(p1_vae.KL_WARM_UP // 2, new) == pytest.approx(0.25)
+    assert p1_vae.lambda_kl_at(p1_vae.KL_WARM_UP * 3, new) == 0.5
+    assert p1_vae.lambda_kl_at(1, warm) == 0.5
+
+
+@pytest.mark.parametrize('config', [SMALL, p1_vae.NET])
+def test_shapes_and_ranges(config):
+    vae = VAE(**config)
+    x, noise = torch.rand(2, 3, 64, 64), torch.randn(2, config['latent_dim'])
+    output, mean, log_variance = vae(x, noise)
+    assert output.shape == x.shape and output.min() >= 0 and output.max() <= 1
+    assert mean.shape == log_variance.shape == (2, config['latent_dim'])
+
+
+def test_noise_enters_as_the_reparametrisation_says():
+    vae = VAE(**SMALL).eval()
+    x, noise = torch.rand(3, 3, 64, 64), torch.randn(3, 6)
+    with torch.no_grad():
+        output, mean, log_variance = vae(x, noise)
+        std = log_variance.exp().sqrt()
+        assert torch.allclose(output, vae.decoder(mean + std * noise), atol=1e-6)
+        assert torch.allclose(vae(x, torch.zeros(3, 6))[0], vae.decoder(mean), atol=1e-6)
+
+
+def test_gradients_reach_every_parameter():
+    vae = VAE(**SMALL)
+    output, mean, log_variance = vae(torch.rand(4, 3, 64, 64), torch.randn(4, 6))
+    x = torch.rand(4, 3, 64, 64)
+    loss = (p1_vae.reconstruction_loss(output, x)
+            + 1e-3 * p1_vae.kl_divergence(mean, log_variance).mean())
+    loss.backward()
+    silent = [name for name, parameter in vae.named_parameters()
+              if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_reconstruction_of_one_image_does_not_depend_on_the_others():
+    vae = VAE(**SMALL)
+    vae(torch.rand(8, 3, 64, 64), torch.randn(8, 6))          # moves the batch statistics
+    vae.eval()
+    x = torch.rand(7, 3, 64, 64)
+    together = run_batches(lambda batch: vae.decoder(vae.encoder(batch)[0]), CPU, x, batch_size=7)
+    alone = run_batches(lambda batch: vae.decoder(vae.encoder(batch)[0]), CPU, x, batch_size=2)
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_measure_against_a_plain_sum():
+    vae = VAE(**SMALL).eval()
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    found = p1_vae.measure(vae, images, CPU)
+    with torch.no_grad():
+        x = images.float() / 255
+        mean, log_variance = vae.encoder(x)
+        assert found['mse'] == pytest.approx(((vae.decoder(mean) - x) ** 2).mean().item(), rel=1e-5)
+        assert found['kl'] == pytest.approx(
+            p1_vae.kl_divergence(mean, log_variance).mean().item(), rel=1e-5)
+    assert found == p1_vae.measure(vae, images, CPU)
+
+
+def test_draws_depend_on_the_seed_alone():
+    vae = VAE(**SMALL).eval()
+    threads = torch.get_num_threads()
+    four = decode_noise(vae.decoder, 4, 6, seed=3, device=CPU)
+    assert four.dtype == torch.uint8 and four.shape == (4, 3, 64, 64)
+    torch.manual_seed(99)
+    assert torch.equal(four[:2], decode_noise(vae.decoder, 2, 6, seed=3, device=CPU))
+    assert not torch.equal(four, decode_noise(vae.decoder, 4, 6, seed=4, device=CPU))
+    assert torch.get_num_threads() == threads
+
+
+def test_noise_is_standard_normal_and_frozen():
+    """The first numbers of the legacy stream, as NEP 19 freezes them."""
+    class Recorder(torch.nn.Module):
+        def forward(self, z):
+            seen.append(z)
+            return z.view(-1, 1, 1, 1)
+    seen = []
+    decode_noise(Recorder(), 1000, 6, seed=0, device=CPU)
+    z = torch.cat(seen)
+    assert z.shape == (1000, 6) and abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
+    assert np.allclose(z[0, :3], [1.7640524, 0.4001572, 0.978738], atol=1e-6)
+
+
+def test_average_follows_its_formula():
+    net, average = VAE(**SMALL), VAE(**SMALL)
+    before = copy.deepcopy(average.state_dict())
+    net(torch.rand(4, 3, 64, 64), torch.randn(4, 6))      # changes the batch statistics' buffers
+    update_average(average, net, 0.9)
+    for name, value in average.state_dict().items():
+        new = net.state_dict()[name]
+        expected = 0.9 * before[name] + 0.1 * new if value.is_floating_point() else new
+        assert torch.allclose(value.float(), expected.float(), atol=1e-6), name
+
+
+def test_precision_and_autocast():
+    precision = pick_precision(CPU)
+    assert precision in ('fp32', 'bf16')
+    net = for_training(torch.nn.Conv2d(3, 4, 3), CPU)
+    with autocast(CPU, precision):
+        output = net(torch.rand(1, 3, 8, 8))
+    assert output.dtype == (torch.bfloat16 if precision == 'bf16' else torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_no_gpu():
+    assert pick_device('auto') == pick_device(None) == CPU
+    with pytest.raises(UserError, match='--device'):
+        pick_device('cuda')
+
+
+def test_checkpoint_round_trip_in_the_old_format(tmp_path):
+    path = str(tmp_path / 'new folder' / 'x.pth')
+    vae = for_training(VAE(**SMALL), CPU)
+    save_checkpoint(path, dict(problem='p1_vae', config=SMALL, net=plain_state(vae), step=7))
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    assert start != b'PK' and start == b'\x80\x02'              # pickle protocol 2, no zip file
+    loaded = load_checkpoint(path, 'p1_vae')
+    assert loaded['step'] == 7 and loaded['config'] == SMALL
+    again = VAE(**loaded['config'])
+    again.load_state_dict(loaded['net'])
+    for name, value in vae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_shipped_checkpoint_is_plain_and_small():
+    """fp32 and int64 tensors, numbers and strings only; nothing of an optimizer; under 40 MB."""
+    path = os.path.join(ROOT, 'checkpoints', 'p1_vae.pth')
+    assert os.path.getsize(path) < 40e6
+    checkpoint = load_checkpoint(path, 'p1_vae')
+    assert set(checkpoint) == {'problem', 'step', 'config', 'net', 'settings', 'metrics', 'command'}
+    assert {str(value.dtype) for value in checkpoint['net'].values()} == {'torch.float32', 'torch.int64'}
+    assert all(value.is_contiguous() for value in checkpoint['net'].values())
+    assert checkpoint['command'].startswith('python3 p1_vae.py --train')
+    assert checkpoint['metrics']['images'] == 1000
+
+
+def test_sum_is_what_sha256sum_writes(tmp_path):
+    (tmp_path / 'x.pth').write_bytes(b'abc')
+    write_sum(str(tmp_path / 'x.pth'))
+    assert os.listdir(str(tmp_path)) == ['x.pth']                # no list beside it, none is made
+    (tmp_path / 'SHA256SUMS').write_text('0' * 64 + '  x.pth\n' + '1' * 64 + '  y.pth\n')
+    write_sum(str(tmp_path / 'x.pth'))
+    assert (tmp_path / 'SHA256SUMS').read_text() == (
+        'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  x.pth\n'
+        + '1' * 64 + '  y.pth\n')

@@ -1,0 +1,185 @@
+"""Every number in README.md comes from a committed log.
+
+    python3 tests/test_numbers.py --write      renew the results in README.md from the logs
+
+With HW3_DATA set to a data folder, the shipped weights are measured again on its test faces.
+"""
+import glob
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
+README = os.path.join(ROOT, 'README.md')
+START = '<!-- results: python3 tests/test_numbers.py --write -->\n'
+END = '<!-- end of results -->'
+
+
+def read(*parts):
+    with open(os.path.join(CHECKPOINTS, *parts)) as file:
+        return [json.loads(line) for line in file]
+
+
+def one(records, **wanted):
+    """The only record that has these values."""
+    found = [record for record in records
+             if all(record.get(name) == value for name, value in wanted.items())]
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]
+
+
+def linear_mse(kl):
+    """MSE of the linear-Gaussian code at a rate, interpolated in its log."""
+    curve = sorted((record['rate'], record['distortion']) for record in read('p1_linear_code.jsonl'))
+    return float(np.interp(kl, *zip(*curve)))
+
+
+def linear_mean_mse(kl):
+    """The same code written as a VAE, decoded from the mean, on the test faces."""
+    curve = sorted((record['test_kl'], record['test_mse']) for record in read('p1_linear_code.jsonl'))
+    return float(np.interp(kl, *zip(*curve)))
+
+
+def results():
+    """The results part of README.md, written from the logs alone."""
+    log = read('p1_vae.jsonl')
+    run, test = one(log, kind='run'), one(log, kind='test')
+    settings = run['settings']
+    last = [record for record in log if record['kind'] == 'train'][-1]
+    images = last['step'] * settings['batch_size']
+    hours = images / last['images_per_second'] / 3600
+    faces = read('samples.jsonl')
+    speed = one(read('benchmark_training.jsonl'), problem='p1')
+    lines = [
+        f'Problem 1, measured once on the {test["images"]:,} test faces of the kit, from the file that was '
+        f'chosen: the average of the weights with the least loss on {run["held_out"]} held-out training faces '
+        f'(step {test["chosen_step"]:,} of {settings["steps"]:,}, seed {settings["seed"]}).',
+        '',
+        '| | this VAE | linear-Gaussian code | best public report |',
+        '| --- | --- | --- | --- |',
+        f'| KL (nats per image, summed over the latent dimensions) | {test["kl"]:.1f} | the same | about 50, read off plots |',
+        f'| MSE per pixel in [0, 1], decoded from the mean | **{test["mse"]:.4f}** | {linear_mse(test["kl"]):.4f} '
+        f'({linear_mean_mse(test["kl"]):.4f} decoded from the mean) | 0.0072, on 40,000 training faces |',
+        '',
+        f'The MSE is {test["mse"] / linear_mse(test["kl"]):.2f} of the linear code\'s (the goal was 0.75) and '
+        f'{test["mse"] / 0.0072:.2f} times the best public one. The linear code is PCA with reverse '
+        'water-filling, computed by `python3 tests/benchmark.py linear_code`. Its rate-distortion curve counts the '
+        'error of a draw; decoded from the mean, as this VAE is measured, the same code is nearer.',
+        '',
+        'Rate and distortion on the test faces. The slides\' loss is the MSE averaged over the 12,288 values of an '
+        'image in [0, 1], plus lambda_KL times the KL summed over the latent dimensions. The standard deviation is that '
+        'of the Gaussian likelihood under which the loss is an ELBO, sqrt(12,288 lambda_KL / 2).',
+        '',
+        '| lambda_KL | as a standard deviation | KL (nats) | MSE | of the linear code\'s |',
+        '| --- | --- | --- | --- | --- |']
+    points = [test] + [one(read('p1_lambda', os.path.basename(path)), kind='test') for path in
+                       glob.glob(os.path.join(CHECKPOINTS, 'p1_lambda', '*.jsonl'))]
+    for point in sorted(points, key=lambda point: point['lambda_kl']):
+        shipped = ' (shipped)' if point is test else ''
+        lines.append(f'| {point["lambda_kl"]:.2g}{shipped} | {(6144 * point["lambda_kl"]) ** 0.5:.2f} | {point["kl"]:.1f} '
+                     f'| {point["mse"]:.4f} | {point["mse"] / linear_mse(point["kl"]):.2f} |')
+    lines += [
+        '',
+        'The other lambda_KL start from the shipped weights:',
+        '',
+        *['    ' + command for command in sweep_commands()],
+        '',
+        'Samples, 1,000 of each against the 1,000 test faces (dlib\'s detector and face descriptors, a scorer '
+        'outside this repository; `python3 tests/benchmark.py samples`):',
+        '',
+        '| | detected | frechet | nearest |',
+        '| --- | --- | --- | --- |']
+    for record in faces:
+        lines.append(f'| {record["what"]} | {record["detected"]:.3f} | {record["frechet"]:.2f} | {record["nearest"]:.3f} |')
+    lines += [
+        '',
+        f'Training: {images:,} images ({images / run["training_images"]:.0f} epochs) in {hours:.1f} hours on '
+        f'{run["threads"]} cores without a GPU, in {run["precision"]}. '
+        f'`python3 tests/benchmark.py training`: {speed["ours"]:.0f} images/s against {speed["plain"]:.0f} in a plain loop '
+        f'(PNG files through a DataLoader, contiguous float32), a ratio of {speed["ratio"]:.2f}.',
+        '',
+        '| `bash hw3_p1.sh` | wall time | importing torch | peak memory |',
+        '| --- | --- | --- | --- |']
+    for record in sorted(read('benchmark_scripts.jsonl'), key=lambda record: record['torch']):
+        lines.append(f'| torch {record["torch"]} | {record["seconds"]:.1f} s | {record["import_seconds"]:.1f} s '
+                     f'| {record["megabytes"]:.0f} MB |')
+    return '\n'.join(lines) + '\n'
+
+
+def sweep_commands():
+    """The command of each point of the sweep, from its log's settings."""
+    commands = []
+    for path in sorted(glob.glob(os.path.join(CHECKPOINTS, 'p1_lambda', '*.jsonl'))):
+        settings = read('p1_lambda', os.path.basename(path))[0]['settings']
+        commands.append('python3 p1_vae.py --train --ckpt checkpoints/p1_lambda/'
+                        + os.path.basename(path).replace('.jsonl', '.pth')
+                        + f' --init {settings["init"]} --steps {settings["steps"]}'
+                        + f' --lambda_kl {settings["lambda_kl"]:g}')
+    return commands
+
+
+def test_readme_says_what_the_logs_say():
+    with open(README) as file:
+        text = file.read()
+    assert text[text.index(START) + len(START):text.index(END)] == '\n' + results() + '\n'
+
+
+def test_shipped_checkpoint_and_log_agree():
+    from models import load_checkpoint
+    log, checkpoint = read('p1_vae.jsonl'), load_checkpoint(os.path.join(CHECKPOINTS, 'p1_vae.pth'), 'p1_vae')
+    test = one(log, kind='test')
+    assert checkpoint['metrics'] == {name: test[name] for name in checkpoint['metrics']}
+    assert checkpoint['settings'] == one(log, kind='run')['settings']
+    held_out = [record for record in log if record['kind'] == 'held_out']
+    assert checkpoint['step'] == min(held_out, key=lambda record: record['loss'])['step']
+    last = [record['step'] for record in log if record['kind'] == 'train'][-1]
+    assert last == test['step'] == checkpoint['settings']['steps']
+
+
+def test_five_points_of_rate_and_distortion():
+    lambdas = {one(read('p1_lambda', os.path.basename(path)), kind='test')['lambda_kl']
+               for path in glob.glob(os.path.join(CHECKPOINTS, 'p1_lambda', '*.jsonl'))}
+    lambdas.add(one(read('p1_vae.jsonl'), kind='test')['lambda_kl'])
+    assert len(lambdas) >= 5
+
+
+@pytest.mark.skipif('HW3_DATA' not in os.environ, reason='HW3_DATA names no data folder')
+def test_shipped_weights_measure_what_the_log_says():
+    import torch
+    import p1_vae
+    from datasets import FaceImages
+    vae, checkpoint = p1_vae.load_vae(os.path.join(CHECKPOINTS, 'p1_vae.pth'), torch.device('cpu'))
+    faces = FaceImages(os.environ['HW3_DATA'], 'test')
+    found = p1_vae.measure(vae, faces.images, torch.device('cpu'))
+    for name, value in found.items():
+        assert value == pytest.approx(checkpoint['metrics'][name], rel=1e-3), name
+
+
+def test_grader_versions_are_the_courses():
+    course = os.path.join(ROOT, '..', 'shared', 'assignment', 'requirements_course.txt')
+    if not os.path.exists(course):
+        pytest.skip('the course\'s list is not beside the repository')
+    with open(course) as file:
+        wanted = sorted(line.strip() for line in file if line.strip())
+    with open(os.path.join(ROOT, 'requirements.txt')) as file:
+        found = sorted(line.split(';')[0] for line in file if '== "3.6"' in line)
+    assert found == wanted
+
+
+def write():
+    with open(README) as file:
+        text = file.read()
+    start, end = text.index(START) + len(START), text.index(END)
+    with open(README, 'w') as file:
+        file.write(text[:start] + '\n' + results() + '\n' + text[end:])
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] != ['--write']:
+        sys.exit('usage: python3 tests/test_numbers.py --write')
+    write()
