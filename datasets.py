@@ -58,6 +58,8 @@ def read_image(path, size):
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith('I'):                     # 16-bit grey: keep the upper 8 bits
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), image)
@@ -97,6 +99,8 @@ def read_csv(path, names):
         raise UserError(f'{path} is no label file ({error}): replace it')
     if 'image_name' not in table.columns or len(table) == 0:
         raise UserError(f'{path} has no rows under a header image_name,...: replace it')
+    if table['image_name'].isnull().any():
+        raise UserError(f'{path} has a row without an image_name: delete or complete it')
     rows, images = set(table['image_name']), set(names)
     if len(rows) != len(table):
         twice = table['image_name'][table['image_name'].duplicated()].iloc[0]
@@ -131,14 +135,22 @@ class FaceImages(object):
         if name not in self.attributes.columns:
             raise UserError(f'{self.csv} has no attribute {name}: choose one of '
                             + ', '.join(self.attributes.columns))
-        return self.attributes[name].values > 0.5
+        import pandas as pd
+        values = pd.to_numeric(self.attributes[name], errors='coerce')
+        if values.isnull().any():
+            raise UserError(f'{self.csv} has no number for {name} of {values.index[values.isnull()][0]}: '
+                            'write 0.0 or 1.0')
+        return values.values > 0.5
 
 
 def split_held_out(count):
     """Split range(count) into (training, held-out) index arrays, the same ones at every call.
 
-    500 images are held out, or a tenth of a set of fewer than 5,000.
+    500 images are held out, or a tenth of a set of fewer than 5,000.  Raises UserError if nothing
+    would be left to train on.
     """
+    if count < 2:
+        raise UserError(f'training needs two images or more, and there is {count}: add some')
     order = np.random.RandomState(HELD_OUT_SEED).permutation(count)
     held_out = min(HELD_OUT, max(1, count // 10))
     return np.sort(order[held_out:]), np.sort(order[:held_out])

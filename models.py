@@ -6,6 +6,7 @@ can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on 
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
 import time
@@ -138,7 +139,7 @@ def pick_precision(device):
 
 def autocast(device, precision):
     """Return the context in which a net runs in precision 'bf16' or 'fp32' on device."""
-    if precision == 'bf16':
+    if precision == 'bf16' and MODERN:
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.ExitStack()      # does nothing
 
@@ -224,10 +225,16 @@ def plain_state(net):
 def save_checkpoint(path, checkpoint):
     """Write a dict of plain values and tensors to path, whole or not at all, as torch 1.4 reads it.
 
-    torch 1.6 and newer write a zip file by default, which torch 1.4 refuses.
+    torch 1.6 and newer write a zip file by default, which torch 1.4 refuses.  On a full disk
+    torch.save raises a RuntimeError; through memory it is the OSError that write_whole explains.
     """
-    write_whole(path, lambda temporary: torch.save(checkpoint, temporary,
-                                                   _use_new_zipfile_serialization=False))
+    content = io.BytesIO()
+    torch.save(checkpoint, content, _use_new_zipfile_serialization=False)
+
+    def write(temporary):
+        with open(temporary, 'wb') as file:
+            file.write(content.getbuffer())
+    write_whole(path, write)
 
 
 def load_checkpoint(path, problem):
@@ -260,8 +267,9 @@ def resume_run(path, problem, resume, given, defaults):
     contradicts the saved run, or a new run would overwrite an unfinished one.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    for leftover in glob.glob(os.path.join(folder, f'.*.{name}')):     # of a run killed in a save
-        os.remove(leftover)
+    stem = name.replace('_last.pth', '')
+    for leftover in glob.glob(os.path.join(glob.escape(folder), f'.[0-9]*.{stem}*')):
+        os.remove(leftover)                                     # of a run that was killed in a save
     state = load_checkpoint(path, problem) if os.path.exists(path) else None
     if resume and state is None:
         print(f'{path} does not exist yet: starting a new run', flush=True)
@@ -297,26 +305,32 @@ def write_sum(path):
     write_whole(sums, write)
 
 
+def write_log(path, records):
+    """Write records (dicts) to path as JSON lines, whole or not at all."""
+    def write(temporary):
+        with open(temporary, 'w') as file:
+            file.writelines(json.dumps(record) + '\n' for record in records)
+    write_whole(path, write)
+
+
 class RunLog(object):
-    """The scalars of one training run as JSON lines beside its checkpoint, for --plot and README.
+    """The scalars of a training run as JSON lines, for --plot and README.
 
     Opened again at step, it forgets what was logged after that step, and the measurement at a run's
     end, so that a resumed run's log reads as if the run had never stopped.
     """
 
     def __init__(self, path, step):
-        kept = [record for record in (read_log(path, step) if step else [])
-                if record['kind'] != 'test']
-
-        def write(temporary):
-            with open(temporary, 'w') as file:
-                file.writelines(json.dumps(record) + '\n' for record in kept)
-        write_whole(path, write)
+        write_log(path, [record for record in (read_log(path, step) if step else [])
+                         if record['kind'] != 'test'])
         self.path = path
 
     def add(self, kind, **scalars):
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(dict(kind=kind, **scalars)) + '\n')
+        try:
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(dict(kind=kind, **scalars)) + '\n')
+        except OSError as error:
+            raise UserError(f'cannot write {self.path} ({error.strerror}): make room, then --resume')
 
 
 def read_log(path, last_step=float('inf')):

@@ -29,10 +29,11 @@ from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_p
                       save_picture, save_single, split_held_out, to_float)
 from models import (VAE, RunLog, autocast, decode_noise, for_training, load_checkpoint, on_device,
                     pick_device, pick_precision, plain_state, read_log, resume_run, run_batches,
-                    save_checkpoint, set_learning_rate, to_uint8, update_average, write_sum)
+                    save_checkpoint, set_learning_rate, to_uint8, update_average, write_log, write_sum)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROBLEM = 'p1_vae'
+STATE = 'p1_vae (training state)'
 
 # nets
 NET = dict(latent_dim=128, channels=[32, 64, 128, 256])     # channels at 32, 16, 8 and 4 pixels
@@ -112,10 +113,12 @@ def measure(vae, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
+    if os.path.isdir(args.ckpt):
+        raise UserError(f'{args.ckpt} is a folder: name a file for --ckpt')
     base = os.path.splitext(args.ckpt)[0]
     device = pick_device(args.device)
     settings, state = resume_run(
-        base + '_last.pth', PROBLEM, args.resume,
+        base + '_last.pth', STATE, args.resume,
         given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
     steps, batch_size = settings['steps'], settings['batch_size']
     torch.manual_seed(settings['seed'])                                    # the first weights
@@ -124,29 +127,36 @@ def train(args):
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
     # nets
-    config = load_checkpoint(settings['init'], PROBLEM)['config'] if settings['init'] else NET
-    vae = load_vae(settings['init'], device)[0] if settings['init'] else VAE(**config)
+    if state is not None:
+        config = state['config']
+    else:
+        config = load_checkpoint(settings['init'], PROBLEM)['config'] if settings['init'] else NET
+    vae = VAE(**config)
+    if settings['init'] and state is None:
+        vae.load_state_dict(load_checkpoint(settings['init'], PROBLEM)['net'])
     vae = for_training(vae, device)
     average = copy.deepcopy(vae).eval()
     # optimizers
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10)
     # resume
-    first, seconds, best, chosen = 0, 0.0, float('inf'), None
+    step, seconds, best, chosen = 0, 0.0, float('inf'), None
     if state is not None:
-        first, seconds, best, chosen = [state[name] for name in ('step', 'seconds', 'best', 'chosen')]
+        step, seconds, best, chosen = [state[name] for name in ('step', 'seconds', 'best', 'chosen')]
         vae.load_state_dict(state['net'])
         average.load_state_dict(state['average'])
         optimizer.load_state_dict(state['optimizer'])
         generator.set_state(state['generator'])
     precision = pick_precision(device) if state is None else state['precision']
-    log = RunLog(base + '.jsonl', first)
+    command = args.command if state is None else state['command']
+    log = RunLog(base + '_last.jsonl', step)
     if state is None:
-        log.add('run', settings=settings, training_images=len(training), held_out=len(held_out),
-                device=device.type, precision=precision, threads=torch.get_num_threads(),
-                torch=torch.__version__, parameters=sum(p.numel() for p in vae.parameters()))
+        log.add('run', command=command, settings=settings, training_images=len(training),
+                held_out=len(held_out), device=device.type, precision=precision,
+                threads=torch.get_num_threads(), torch=torch.__version__,
+                parameters=sum(parameter.numel() for parameter in vae.parameters()))
     start = time.time() - seconds
     # loop
-    for step in range(first + 1, steps + 1):
+    for step in range(step + 1, steps + 1):
         # batch
         rows = torch.randint(len(training), (batch_size,), generator=generator)
         x = on_device(random_flip(to_float(training[rows]), generator), device)
@@ -167,8 +177,8 @@ def train(args):
         # log
         if step % LOG_EVERY == 0 or step == steps:
             if not math.isfinite(loss.item()):
-                raise UserError(f'the loss is {loss.item()} at step {step}: {base}_last.pth holds '
-                                'the last good save; start anew with another --seed')
+                raise UserError(f'the loss is {loss.item()} at step {step}: the last good save, if there '
+                                f'is one, stays in {base}_last.pth; start anew with another --seed')
             seconds = time.time() - start
             speed = step * batch_size / seconds
             log.add('train', step=step, reconstruction=reconstruction.item(), kl=kl.item(),
@@ -185,22 +195,24 @@ def train(args):
             if found['loss'] < best:
                 best, chosen = found['loss'], dict(step=step, net=plain_state(average))
             save_checkpoint(base + '_last.pth', dict(
-                problem=PROBLEM, step=step, seconds=time.time() - start, best=best, chosen=chosen,
-                settings=settings, precision=precision, net=vae.state_dict(),
-                average=average.state_dict(), optimizer=optimizer.state_dict(),
-                generator=generator.get_state()))
+                problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
+                config=config, settings=settings, precision=precision, command=command,
+                net=vae.state_dict(), average=average.state_dict(),
+                optimizer=optimizer.state_dict(), generator=generator.get_state()))
     # final check from file
-    checkpoint = dict(problem=PROBLEM, step=chosen['step'], config=config, net=chosen['net'],
-                      settings=settings, metrics={}, command=args.command)
-    save_checkpoint(args.ckpt, checkpoint)
-    vae = load_vae(args.ckpt, device)[0]
-    checkpoint['metrics'] = dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
-                                 **measure(vae, test.images, device))
-    save_checkpoint(args.ckpt, checkpoint)
+    chosen = load_checkpoint(base + '_last.pth', STATE)['chosen']
+    vae = VAE(**config)
+    vae.load_state_dict(chosen['net'])
+    metrics = dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
+                   **measure(vae.to(device).eval(), test.images, device))
+    log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
+    write_log(base + '.jsonl', read_log(log.path))
+    save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
+                                    net=chosen['net'], settings=settings, metrics=metrics,
+                                    command=command))
     write_sum(args.ckpt)
-    log.add('test', step=steps, chosen_step=chosen['step'], **checkpoint['metrics'])
     print('{}: step {}, test MSE {mse:.5f} at {kl:.1f} nats'.format(
-        args.ckpt, chosen['step'], **checkpoint['metrics']))
+        args.ckpt, chosen['step'], **metrics))
 
 
 # ------------------------------------------------------------------------------------------- infer
@@ -240,7 +252,11 @@ def plot(args):
     vae, checkpoint = load_vae(args.ckpt, device)
     base = os.path.splitext(args.ckpt)[0]
     log, test = read_log(base + '.jsonl'), FaceImages(args.data_dir, 'test')
+    linear = read_log(LINEAR_CODE)
     has_attribute = test.attribute(args.attribute)
+    if len(test.names) < 10 or has_attribute.all() or not has_attribute.any():
+        raise UserError(f'the figures need ten test faces, some of them with {args.attribute} and some '
+                        'without: choose another --attribute, or add images')
     means = run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, test.images)
     draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
               [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])
@@ -250,7 +266,7 @@ def plot(args):
                  make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
     plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, has_attribute, args.attribute)
     plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, args.attribute, device)
-    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base)
+    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base, linear)
     print(f'seven figures and tables are in {args.out}')
 
 
@@ -311,7 +327,8 @@ def plot_directions(path, vae, test, means, attribute, device):
                   for share in np.linspace(0, 1, 9)]
         titles.append(f'{test.names[left][:5]} to {test.names[right][:5]}')
     shown = [attribute] + [name for name in ('Smiling', 'Male', 'Blond_Hair', 'Bangs')
-                           if name != attribute and name in test.attributes.columns][:3]
+                           if name != attribute and name in test.attributes.columns
+                           and 0 < test.attribute(name).sum() < len(means)][:3]
     start = means[rng.randint(len(means))]
     for name in shown:
         has = torch.from_numpy(test.attribute(name))
@@ -335,9 +352,8 @@ def plot_directions(path, vae, test, means, attribute, device):
     save_figure(path, figure)
 
 
-def plot_rate_distortion(path, base):
+def plot_rate_distortion(path, base, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
-    linear = read_log(LINEAR_CODE)
     logs = [base + '.jsonl'] + sorted(glob.glob(os.path.join(SWEEP, '*.jsonl')))
     points = sorted((record['kl'], record['mse'], record['lambda_kl'])
                     for log in logs for record in read_log(log) if record['kind'] == 'test')
@@ -396,6 +412,8 @@ def parse_args(argv=None):
     for name in ('steps', 'batch_size', 'n'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} must be at least 1')
+    if args.lambda_kl is not None and not 0 <= args.lambda_kl < float('inf'):
+        parser.error('--lambda_kl must be a number of at least 0')
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error('--seed must lie in 0 .. 4294967295')
     if args.plot:

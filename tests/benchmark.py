@@ -24,18 +24,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import p1_vae                                                                       # noqa: E402
-from datasets import FaceImages, to_float, write_whole                             # noqa: E402
-from models import VAE                                                              # noqa: E402
+from datasets import FaceImages, to_float                                           # noqa: E402
+from models import VAE, write_log                                                   # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
-
-
-def write_log(name, records):
-    """Write records as JSON lines to checkpoints/name."""
-    def write(temporary):
-        with open(temporary, 'w') as file:
-            file.writelines(json.dumps(record) + '\n' for record in records)
-    write_whole(os.path.join(CHECKPOINTS, name), write)
 
 
 def linear_code(args):
@@ -70,7 +62,7 @@ def linear_code(args):
             test_kl=float(kl), test_mse=float(error / pixels)))
         print('{theta:7.3f} {rate:5.1f}  {distortion:.5f} |       {test_kl:5.1f}  {test_mse:.5f}'
               .format(**records[-1]))
-    write_log('p1_linear_code.jsonl', records)
+    write_log(os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl'), records)
 
 
 def plain_training(data_dir, steps, batch_size):
@@ -136,7 +128,7 @@ def training(args):
                   threads=torch.get_num_threads(), torch=torch.__version__)
     print('p1: {ours:.0f} images/s in {precision}, plain loop {plain:.0f}, ratio {ratio:.2f}'
           .format(**record))
-    write_log('benchmark_training.jsonl', [record])
+    write_log(os.path.join(CHECKPOINTS, 'benchmark_training.jsonl'), [record])
 
 
 def timed(command):
@@ -165,13 +157,12 @@ def scripts(args):
     for record in records:
         print('{script}: {seconds:.2f} s, of which importing torch {import_seconds:.2f} s; '
               'at most {megabytes:.0f} MB (torch {torch})'.format(**record))
-    name = 'benchmark_scripts.jsonl'
-    path = os.path.join(CHECKPOINTS, name)
+    path = os.path.join(CHECKPOINTS, 'benchmark_scripts.jsonl')
     if os.path.exists(path):                # one record for each torch that was measured
         with open(path) as file:
             records += [record for record in map(json.loads, file)
                         if record['torch'] != records[0]['torch']]
-    write_log(name, records)
+    write_log(path, records)
 
 
 def samples(args):
@@ -193,7 +184,7 @@ def samples(args):
             records.append(dict(kind='samples', what=what, n=int(numbers[0]), **dict(
                 zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])))))
             print(f'{what}: {line}', flush=True)
-    write_log('samples.jsonl', records)
+    write_log(os.path.join(CHECKPOINTS, 'samples.jsonl'), records)
 
 
 def main():

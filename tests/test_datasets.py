@@ -48,7 +48,7 @@ def test_other_files_are_no_images(own_data_dir):
 def test_every_mode_and_size_is_converted(tmp_path, mode, size):
     """A flat image of value 200 stays one, whatever it is stored as."""
     if mode == 'I;16':
-        image = Image.fromarray(np.full(size[::-1], 200, np.uint16))
+        image = Image.fromarray(np.full(size[::-1], 200 * 257, np.uint16))
     else:
         image = Image.new('RGB', size, (200, 200, 200)).convert('RGB' if mode == 'RGBA' else 'L')
         image = image.point(lambda value: 255) if mode == '1' else image
@@ -145,6 +145,18 @@ def no_image_at_all(face):
         file.write('<html>')
 
 
+def row_without_name(face):
+    with open(os.path.join(face, 'train.csv'), 'a') as file:
+        file.write(',0,0,0,0\n')
+
+
+def one_image(face):
+    names = sorted(os.listdir(os.path.join(face, 'train')))
+    for name in names[1:]:
+        os.remove(os.path.join(face, 'train', name))
+    write_rows(os.path.join(face, 'train.csv'), ['image_name'] + ATTRIBUTES, [[names[0], 0, 0, 0, 0]])
+
+
 @pytest.mark.parametrize('spoil,words', [
     (drop_folder, ['there is no folder', 'train', '--data_dir']),
     (empty_folder, ['train', 'holds no image']),
@@ -153,6 +165,8 @@ def no_image_at_all(face):
     (header_only, ['train.csv', 'no rows']),
     (row_without_image, ['train.csv', '00007.png', 'add the image']),
     (image_without_row, ['train.csv', '99999.png', 'add the row']),
+    (row_without_name, ['train.csv', 'without an image_name']),
+    (one_image, ['two images or more']),
     (row_twice, ['train.csv', '00003.png', 'twice']),
     (truncate_image, ['00005.png', 'cannot be read']),
     (no_image_at_all, ['00005.png', 'cannot be read'])])
@@ -168,6 +182,18 @@ def test_unknown_attribute(own_data_dir, tmp_path):
     result = run(['python3', os.path.join(ROOT, 'p1_vae.py'), '--plot', '--data_dir', own_data_dir,
                   '--out', tmp_path / 'figures', '--attribute', 'Beard'])
     assert_one_line(result, 'Beard', 'Male')
+    assert not (tmp_path / 'figures').exists()
+
+
+@pytest.mark.parametrize('value,words', [('yes', ['00040.png', 'Male']), ('1.0', ['--attribute'])])
+def test_attribute_that_colours_nothing(own_data_dir, tmp_path, value, words):
+    """A word where a number belongs, and an attribute that every face has."""
+    path = os.path.join(own_data_dir, 'face', 'test.csv')
+    names = sorted(os.listdir(os.path.join(own_data_dir, 'face', 'test')))
+    write_rows(path, ['image_name', 'Male'], [[name, value] for name in names])
+    result = run(['python3', os.path.join(ROOT, 'p1_vae.py'), '--plot', '--data_dir', own_data_dir,
+                  '--out', tmp_path / 'figures'])
+    assert_one_line(result, *words)
     assert not (tmp_path / 'figures').exists()
 
 

@@ -117,12 +117,45 @@ def test_wrong_content_is_no_checkpoint(copy_of_project, server, manner):
     assert file.read_bytes() == GOOD
 
 
-def test_part_longer_than_the_file(copy_of_project, server):
-    """The server refuses such a range (416); the run after that starts from nothing."""
+@pytest.mark.parametrize('part', [b'of an older model', GOOD[:-1] + b'x', GOOD + b'more'],
+                         ids=['older', 'damaged', 'longer'])
+def test_part_of_another_file_is_fetched_anew(copy_of_project, server, part):
+    """The sum of what is resumed upon it is wrong, so the same run starts from nothing."""
     (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
-    (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').write_bytes(GOOD + b'more')
-    assert_one_line(draw(copy_of_project, server.url + '/good'), 'p1_vae.pth')
-    assert draw(copy_of_project, server.url + '/good').returncode == 0
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').write_bytes(part)
+    result = draw(copy_of_project, server.url + '/good')
+    assert result.returncode == 0, result.stderr
+    assert (copy_of_project / 'checkpoints' / 'p1_vae.pth').read_bytes() == GOOD
+
+
+def test_windows_line_ends(copy_of_project, server):
+    folder = copy_of_project / 'checkpoints'
+    (folder / 'p1_vae.pth').unlink()
+    (folder / 'URL').write_bytes((server.url + '/good\r\n').encode())
+    (folder / 'SHA256SUMS').write_bytes((folder / 'SHA256SUMS').read_bytes().replace(b'\n', b'\r\n'))
+    result = draw(copy_of_project)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('spoil', ['missing', 'empty'])
+def test_no_sums(copy_of_project, spoil):
+    (copy_of_project / 'checkpoints' / 'SHA256SUMS').unlink()
+    if spoil == 'empty':
+        (copy_of_project / 'checkpoints' / 'SHA256SUMS').write_text('')
+    assert_one_line(draw(copy_of_project), 'p1_vae.pth', 'SHA256SUMS', 'restore')
+
+
+def test_no_address_file(copy_of_project):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    (copy_of_project / 'checkpoints' / 'URL').unlink()
+    assert_one_line(draw(copy_of_project), 'p1_vae.pth', 'no address is known')
+
+
+def test_checkpoints_cannot_be_written(copy_of_project, server):
+    """wget cannot open its part: a folder lies in its place, which stops root too."""
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth.part').mkdir()
+    assert_one_line(draw(copy_of_project, server.url + '/good'), 'p1_vae.pth', 'cannot write')
 
 
 @pytest.mark.parametrize('url,words', [
