@@ -286,6 +286,8 @@ def plot_learning_curves(path, log):
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
     for one in axes:
+        one.yaxis.set_major_formatter('{x:g}')
+        one.yaxis.set_minor_formatter('{x:g}')
         one.grid(True, which='both', alpha=0.25)
         one.legend()
     save_figure(path, figure)
@@ -354,7 +356,8 @@ def plot_directions(path, vae, test, means, attribute, device):
 
 def plot_rate_distortion(path, base, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
-    logs = [base + '.jsonl'] + sorted(glob.glob(os.path.join(SWEEP, '*.jsonl')))
+    logs = [base + '.jsonl'] + [path for path in sorted(glob.glob(os.path.join(SWEEP, '*.jsonl')))
+                                if not path.endswith('_last.jsonl')]
     points = sorted((record['kl'], record['mse'], record['lambda_kl'])
                     for log in logs for record in read_log(log) if record['kind'] == 'test')
     figure, axes = new_figure(8, 5.2)
@@ -367,8 +370,9 @@ def plot_rate_distortion(path, base, linear):
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
               color=COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
-        axes.annotate(r'$\lambda_{KL}$ = %.3g' % lambda_kl, (kl, mse), xytext=(0, -14),
-                      textcoords='offset points', fontsize=8, color=COLOURS[0], ha='right')
+        axes.annotate(r'$\lambda_{KL}$ = %.0e' % lambda_kl, (kl, mse), xytext=(-4, -16),
+                      textcoords='offset points', fontsize=8, color=COLOURS[0], ha='right',
+                      bbox=dict(facecolor='white', edgecolor='none', pad=1.0))
     axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=11,
               label='best public report (40,000 faces, KL read off plots)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
