@@ -66,7 +66,7 @@ class VAEDecoder(nn.Module):
     """(N, latent_dim) -> (N, 3, 64, 64) float in [0, 1].
 
     Upsampling is a 1x1 convolution to four times the channels and a pixel shuffle (Shi et al. 2016,
-    arXiv 1609.05158): on a CPU several times faster than a transposed convolution.
+    arXiv 1609.05158), which costs a CPU less than a transposed convolution.
     """
 
     def __init__(self, latent_dim, channels):
@@ -107,7 +107,7 @@ class VAE(nn.Module):
 # ---------------------------------------------------------------------------------------- running
 
 def pick_device(name):
-    """Return the torch.device for 'auto' (a GPU if there is one), 'cpu' or 'cuda'."""
+    """Return the torch.device for 'auto' or None (a GPU if there is one), 'cpu' or 'cuda'."""
     if name == 'cuda' and not torch.cuda.is_available():
         raise UserError('this torch sees no GPU: leave --device out, or say --device cpu')
     return torch.device('cuda' if name != 'cpu' and torch.cuda.is_available() else 'cpu')
@@ -116,8 +116,8 @@ def pick_device(name):
 def pick_precision(device):
     """Return 'bf16' where bfloat16 autocast trains faster than float32 on this device, else 'fp32'.
 
-    On a CPU it is measured, not read off the feature flags: AVX512-BF16 doubles the speed of a
-    convolution on AMD's Zen 4 and 5 and, without AMX, halves it on Intel's Xeons.
+    On a CPU it is measured, not read off the feature flags: there are CPUs with AVX512-BF16 that
+    convolve faster in float32.
     """
     if not MODERN:
         return 'fp32'
@@ -267,9 +267,12 @@ def resume_run(path, problem, resume, given, defaults):
     contradicts the saved run, or a new run would overwrite an unfinished one.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    stem = name.replace('_last.pth', '')
-    for leftover in glob.glob(os.path.join(glob.escape(folder), f'.[0-9]*.{stem}*')):
-        os.remove(leftover)                                     # of a run that was killed in a save
+    stem = name[:-len('_last.pth')]
+    for ending in ('.pth', '.jsonl', '_last.pth', '_last.jsonl'):
+        # what a run left that was killed in a save; not the saves of a run beside it
+        for leftover in glob.glob(os.path.join(glob.escape(folder),
+                                               f'.[0-9]*.{glob.escape(stem)}{ending}')):
+            os.remove(leftover)
     state = load_checkpoint(path, problem) if os.path.exists(path) else None
     if resume and state is None:
         print(f'{path} does not exist yet: starting a new run', flush=True)

@@ -176,6 +176,25 @@ def test_resume_needs_no_run_and_finishes_a_finished_one(data_dir, tmp_path):
     assert len(records(ckpt, 'test')) == 1
 
 
+def test_new_run_over_a_finished_one_is_never_taken_for_it(data_dir, tmp_path):
+    """Killed before its first save, it has nothing to resume: not the finished run's state either."""
+    ckpt = tmp_path / 'p1_vae.pth'
+    assert train(data_dir, ckpt, '--steps', '2').returncode == 0
+    kill_when(lambda: len(records(ckpt, 'train', '_last.jsonl')) >= 4,
+              (data_dir, ckpt, '--steps', '2000'), every=2000)
+    assert len(records(ckpt, 'train')) == 2                      # the finished run's log, untouched
+    result = train(data_dir, ckpt, '--resume', '--steps', '3')
+    assert 'starting a new run' in result.stdout
+    assert len(records(ckpt, 'train')) == 3
+
+
+def test_run_leaves_the_saves_of_a_run_beside_it_alone(data_dir, tmp_path):
+    (tmp_path / '.123.p1_vae_b_last.pth').write_text('another run is writing this')
+    (tmp_path / '.123.p1_vae_last.pth').write_text('a leftover')
+    assert train(data_dir, tmp_path / 'p1_vae.pth', '--steps', '1').returncode == 0
+    assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.123.p1_vae_b_last.pth')]
+
+
 def test_unfinished_run_is_not_overwritten(data_dir, tmp_path):
     ckpt = tmp_path / 'p1_vae.pth'
     kill_when((tmp_path / 'p1_vae_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
