@@ -104,6 +104,71 @@ class VAE(nn.Module):
         return self.decoder(z), mean, log_variance
 
 
+def gan_weights(module):
+    """Draw the first weights from N(0, 0.02), those of a batch norm from N(1, 0.02).
+
+    Source: Radford et al. 2016 (DCGAN, arXiv 1511.06434), section 4.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+class Generator(nn.Module):
+    """(N, latent_dim) -> (N, 3, 64, 64) float in [-1, 1] (Radford et al. 2016, figure 1).
+
+    channels are those at 32, 16, 8 and 4 pixels.
+    """
+
+    def __init__(self, latent_dim, channels):
+        super(Generator, self).__init__()
+        channels = list(channels)[::-1]
+        self.channels = channels[0]
+        self.project = nn.Linear(latent_dim, self.channels * 4 * 4, bias=False)
+        layers = []
+        for before, after in zip(channels, channels[1:]):                              # 4, 8, 16
+            layers += [nn.BatchNorm2d(before), nn.ReLU(),
+                       nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False)]
+        self.layers = nn.Sequential(
+            *layers, nn.BatchNorm2d(channels[-1]), nn.ReLU(),
+            nn.ConvTranspose2d(channels[-1], 3, kernel_size=4, stride=2, padding=1), nn.Tanh())
+        self.apply(gan_weights)
+
+    def forward(self, z):
+        return self.layers(self.project(z).view(-1, self.channels, 4, 4))
+
+
+class Discriminator(nn.Module):
+    """(N, 3, 64, 64) float in [-1, 1] -> (N,) scores without bound, high for real (ibid.).
+
+    channels are those at 32, 16, 8 and 4 pixels.  norm is what follows the inner convolutions:
+    'batch' norm; 'layer' norm over channels and pixels, which looks at one image alone; or
+    'spectral', which normalises the weights of every convolution instead (Miyato et al. 2018,
+    arXiv 1802.05957).
+    """
+
+    def __init__(self, channels, norm):
+        super(Discriminator, self).__init__()
+        normalise = {'batch': nn.BatchNorm2d, 'layer': lambda count: nn.GroupNorm(1, count)}.get(norm)
+        layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, after in zip(channels, channels[1:]):
+            layers.append(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1,
+                                    bias=normalise is None))
+            layers += [normalise(after)] if normalise else []
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.Conv2d(channels[-1], 1, kernel_size=4))
+        self.layers = nn.Sequential(*layers)
+        self.apply(gan_weights)
+        if norm == 'spectral':
+            for layer in self.layers:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.spectral_norm(layer)
+
+    def forward(self, x):
+        return self.layers(x).flatten()
+
+
 # ---------------------------------------------------------------------------------------- running
 
 def pick_device(name):
@@ -259,12 +324,13 @@ def load_checkpoint(path, problem):
     return checkpoint
 
 
-def resume_run(path, problem, resume, given, defaults):
+def resume_run(path, problem, resume, given, defaults, may_grow=None):
     """Return (settings, state) of a run whose training state is, or will be, saved at path.
 
     given holds the settings of the command line, None where the user left one out; a saved run
     supplies these, or defaults does.  state is None for a new run.  Raises UserError where a flag
-    contradicts the saved run, or a new run would overwrite an unfinished one.
+    contradicts the saved run, or a new run would overwrite an unfinished one.  The setting named
+    may_grow can be raised when a run is resumed.
     """
     folder, name = os.path.split(os.path.abspath(path))
     stem = name[:-len('_last.pth')]
@@ -283,7 +349,8 @@ def resume_run(path, problem, resume, given, defaults):
         state = None
     settings = dict(defaults if state is None else state['settings'])
     for name, value in given.items():
-        if value is not None and state is not None and value != settings[name]:
+        if (value is not None and state is not None and value != settings[name]
+                and not (name == may_grow and value > settings[name])):
             raise UserError(f'{path} was started with --{name} {settings[name]}: resume without '
                             f'--{name}, or delete it to start anew')
         if value is not None:

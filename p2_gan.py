@@ -1,0 +1,402 @@
+"""Problem 2: a generative adversarial network that draws 64x64 faces.
+
+Three methods with one generator: DCGAN (Radford et al. 2016, arXiv 1511.06434) with the non-saturating
+loss, SNGAN (Miyato et al. 2018, arXiv 1802.05957) with the hinge loss, and WGAN-GP (Gulrajani et al.
+2017, arXiv 1704.00028).  Differences from the papers: all three show the discriminator augmented
+images (Zhao et al. 2020, arXiv 2006.10738), and keep an average of the generator over the training
+steps (EMA); one batch of drawn faces serves both updates of a step.
+
+    bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
+    python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
+    python3 p2_gan.py --train --data_dir hw3_data      train; --resume goes on after a stop
+
+Rule of choice: of the averages saved during the run, the one with the least Frechet distance to 500
+held-out training faces, between the means that problem 1's encoder gives them.  The test faces are
+measured once, from the file that was chosen.
+"""
+import argparse
+import copy
+import math
+import os
+import shlex
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets import (FaceImages, UserError, check_picture_path, make_grid, random_flip, run_command,
+                      save_picture, save_single, split_held_out, to_float)
+from models import (VAE, Discriminator, Generator, RunLog, autocast, decode_noise, for_training,
+                    load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
+                    resume_run, run_batches, save_checkpoint, to_uint8, update_average, write_log,
+                    write_sum)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROBLEM = 'p2_gan'
+STATE = 'p2_gan (training state)'
+
+# nets
+NET = dict(latent_dim=128, channels=[48, 96, 192, 384])     # channels at 32, 16, 8 and 4 pixels
+DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
+
+# training
+DEFAULTS = dict(
+    steps=16000,             # of one batch each; --resume with more --steps goes on
+    batch_size=64,           # images
+    seed=0,
+    method='dcgan',
+    augment=1.0)             # strength of what the discriminator's images go through; 0: nothing
+METHODS = dict(              # the generator learns at every generator_every-th step
+    dcgan=dict(norm='batch', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
+    sngan=dict(norm='spectral', learning_rates=(2e-4, 4e-4), betas=(0.5, 0.999), generator_every=1),
+    wgan_gp=dict(norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5))
+PENALTY = 10                 # weight of WGAN-GP's gradient penalty
+AVERAGE_DECAY = 0.999        # of the average of the generator, per step
+LOG_EVERY = 100              # steps
+SAVE_EVERY = 500             # steps
+SCORED = 1000                # drawn faces in a held-out score
+JUDGE = os.path.join(HERE, 'checkpoints', 'p1_vae.pth')     # its encoder gives the features
+
+# figures
+FACES = 32                   # in the graded picture
+COLUMNS = 8
+
+
+# ---------------------------------------------------------------------------- losses and schedules
+
+def discriminator_loss(method, real, fake):
+    """Mean loss of the scores (N,) that the discriminator gives to real and drawn images.
+
+    Goodfellow et al. 2014, eq. 1, for dcgan; Miyato et al. 2018, eq. 16; Gulrajani et al. 2017, eq. 3
+    without the penalty.
+    """
+    if method == 'dcgan':
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if method == 'sngan':
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return fake.mean() - real.mean()
+
+
+def generator_loss(method, fake):
+    """Mean loss of the scores (N,) of drawn images; for dcgan the non-saturating one."""
+    return F.softplus(-fake).mean() if method == 'dcgan' else -fake.mean()
+
+
+def gradient_penalty(discriminator, real, fake, rng):
+    """Mean of (|gradient of the score| - 1)^2 at random points between real and drawn images.
+
+    Source: Gulrajani et al. 2017, eq. 3.  The images are (N, 3, H, W), the norm is over all of one.
+    """
+    share = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
+    between = (real + share * (fake - real)).requires_grad_()
+    gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    return ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+
+
+def augment(images, strength, rng):
+    """Change colours, place and a square of each of (N, 3, H, W) images in [-1, 1], differentiably.
+
+    At strength 1 brightness moves by up to 0.5, saturation is multiplied by 0 to 2 and contrast by 0.5
+    to 1.5, the image moves by up to an eighth and a square of half its side is blanked; 0 changes
+    nothing.  What comes in from outside is 0, grey.  Source: Zhao et al. 2020 (DiffAugment), 'color,
+    translation, cutout'.
+    """
+    if strength == 0:
+        return images
+    count, channels, height, width = images.shape
+
+    def uniform():
+        return torch.rand(count, 1, 1, 1, generator=rng).to(images.device)
+
+    x = images + strength * (uniform() - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (1 + strength * (2 * uniform() - 1))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * (1 + strength * (uniform() - 0.5))
+    rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    down = (strength * height / 8 * (2 * uniform() - 1)).round().long()
+    right = (strength * width / 8 * (2 * uniform() - 1)).round().long()
+    x = F.pad(x, (1, 1, 1, 1))
+    x = x.gather(2, (rows + 1 - down).clamp(0, height + 1).expand(-1, channels, -1, width + 2))
+    x = x.gather(3, (columns + 1 - right).clamp(0, width + 1).expand(-1, channels, height, -1))
+    blank = (((rows + 0.5 - uniform() * height).abs() < strength * height / 4)
+             & ((columns + 0.5 - uniform() * width).abs() < strength * width / 4))
+    return x * (~blank).float()
+
+
+def frechet_distance(a, b):
+    """Frechet distance between Gaussians fitted to features (N, D) and (M, D): a float.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a_cov, b_cov = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(a_cov)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b_cov @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(a_cov) + np.trace(b_cov) - 2 * cross)
+
+
+def latent_means(judge, images, device):
+    """Return the means (N, latent_dim) that a VAE gives to (N, 3, 64, 64) uint8 images."""
+    return run_batches(lambda batch: judge.encoder(to_float(batch))[0], device, images)
+
+
+def measure(generator, judge, images, device):
+    """Score a generator in eval() against (N, 3, 64, 64) uint8 images by judge, a VAE in eval().
+
+    Returns a dict with frechet: the distance between 1,000 drawn faces, always of the same noise,
+    and the images, in the VAE's latent means.  0 is best; it falls as N grows, so keep N.
+    """
+    noise = np.random.RandomState(0).standard_normal((SCORED, generator.project.in_features))
+    drawn = run_batches(lambda z: to_unit(generator(z)), device,
+                        torch.from_numpy(noise.astype(np.float32)))
+    return dict(frechet=frechet_distance(latent_means(judge, to_uint8(drawn), device),
+                                         latent_means(judge, images, device)))
+
+
+def to_unit(images):
+    """Turn images in [-1, 1] into [0, 1]."""
+    return (images + 1) / 2
+
+
+# ------------------------------------------------------------------------------------------- train
+
+def train(args):
+    """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
+    # device and seed
+    if os.path.isdir(args.ckpt):
+        raise UserError(f'{args.ckpt} is a folder: name a file for --ckpt')
+    base = os.path.splitext(args.ckpt)[0]
+    device = pick_device(args.device)
+    settings, state = resume_run(
+        base + '_last.pth', STATE, args.resume, may_grow='steps',
+        given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
+    steps, batch_size, method = settings['steps'], settings['batch_size'], settings['method']
+    torch.manual_seed(settings['seed'])                                    # the first weights
+    rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
+    # data
+    faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
+    training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
+    judge = load_vae(device)
+    # nets
+    config = NET if state is None else state['config']
+    generator = for_training(Generator(**config), device)
+    discriminator = for_training(Discriminator(DISCRIMINATOR_CHANNELS, METHODS[method]['norm']), device)
+    average = copy.deepcopy(generator).eval()
+    # optimizers
+    generator_optimizer, discriminator_optimizer = [
+        torch.optim.Adam(net.parameters(), lr=learning_rate, betas=METHODS[method]['betas'])
+        for net, learning_rate in zip((generator, discriminator), METHODS[method]['learning_rates'])]
+    # resume
+    step, seconds, best, chosen, progress = 0, 0.0, float('inf'), None, []
+    if state is not None:
+        step, seconds, best, chosen, progress = [
+            state[name] for name in ('step', 'seconds', 'best', 'chosen', 'progress')]
+        generator.load_state_dict(state['generator'])
+        discriminator.load_state_dict(state['discriminator'])
+        average.load_state_dict(state['average'])
+        generator_optimizer.load_state_dict(state['generator_optimizer'])
+        discriminator_optimizer.load_state_dict(state['discriminator_optimizer'])
+        rng.set_state(state['rng'])
+    precision = pick_precision(device) if state is None else state['precision']
+    command = args.command if state is None else state['command']
+    if state is not None and steps > state['settings']['steps']:
+        command += '; ' + args.command
+    if state is None and os.path.exists(base + '_last.pth'):
+        os.remove(base + '_last.pth')      # of a finished run: it must not be resumed on a new log
+    log = RunLog(base + '_last.jsonl', step)
+    if state is None:
+        log.add('run', command=command, settings=settings, training_images=len(training),
+                held_out=len(held_out), device=device.type, precision=precision,
+                threads=torch.get_num_threads(), torch=torch.__version__,
+                parameters=sum(parameter.numel() for net in (generator, discriminator)
+                               for parameter in net.parameters()))
+        progress.append((0, draw_faces(average, COLUMNS, 0, device)))
+    start = time.time() - seconds
+    sums, counts = {}, {}                  # of the scalars since the last record
+    # loop
+    for step in range(step + 1, steps + 1):
+        logs, trains_generator = step % LOG_EVERY == 0 or step == steps, (
+            step % METHODS[method]['generator_every'] == 0)
+        scalars = {}
+        # batch
+        rows = torch.randint(len(training), (batch_size,), generator=rng)
+        x = on_device(random_flip(2 * to_float(training[rows]) - 1, rng), device)
+        noise = torch.randn(batch_size, config['latent_dim'], generator=rng).to(device)
+        # update: discriminator, on augmented real and drawn images
+        with torch.set_grad_enabled(trains_generator), autocast(device, precision):
+            drawn = generator(noise)
+        real, fake = [augment(images, settings['augment'], rng)
+                      for images in (x, drawn.detach().float())]
+        with autocast(device, precision):
+            real_score, fake_score = discriminator(real), discriminator(fake)
+        loss = discriminator_loss(method, real_score.float(), fake_score.float())
+        if method == 'wgan_gp':
+            penalty = gradient_penalty(discriminator, real, fake, rng)
+            scalars['penalty'], loss = penalty.detach(), loss + PENALTY * penalty
+        discriminator_optimizer.zero_grad()
+        loss.backward()
+        scalars.update(discriminator_loss=loss.detach(), real=real_score.detach().float().mean(),
+                       fake=fake_score.detach().float().mean(),
+                       discriminator_gradient=gradient_norm(discriminator))
+        discriminator_optimizer.step()
+        # update: generator, through the discriminator as it has become
+        if trains_generator:
+            discriminator.requires_grad_(False)
+            with autocast(device, precision):
+                fake_score = discriminator(augment(drawn.float(), settings['augment'], rng))
+            loss = generator_loss(method, fake_score.float())
+            generator_optimizer.zero_grad()
+            loss.backward()
+            discriminator.requires_grad_(True)
+            scalars.update(generator_loss=loss.detach(),
+                           generator_gradient=gradient_norm(generator))
+            generator_optimizer.step()
+            update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
+        # log: means since the last record
+        for name, value in scalars.items():
+            sums[name], counts[name] = sums.get(name, 0) + value, counts.get(name, 0) + 1
+        if logs:
+            means = {name: float(total) / counts[name] for name, total in sums.items()}
+            if not all(math.isfinite(value) for value in means.values()):
+                raise UserError(f'a loss or gradient is not finite at step {step}: the last good save, '
+                                f'if there is one, stays in {base}_last.pth; start anew with another '
+                                '--seed')
+            sums, counts = {}, {}
+            # a large gap between D(held_out) and D(real) says that it knows its images by heart
+            rows = torch.randint(len(held_out), (batch_size,), generator=rng)
+            with torch.no_grad():
+                score = discriminator(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
+                                              settings['augment'], rng))
+            seconds = time.time() - start
+            speed = step * batch_size / seconds
+            log.add('train', step=step, held_out=score.mean().item(), images_per_second=speed, **means)
+            left = int((steps - step) * batch_size / speed)
+            print(f'step {step}/{steps}  D {means["discriminator_loss"]:.3f}  '
+                  f'G {means.get("generator_loss", float("nan")):.3f}  {speed:.0f} images/s  '
+                  f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
+        # save
+        if step % SAVE_EVERY == 0 or step == steps:
+            found = measure(average, judge, held_out, device)
+            log.add('held_out', step=step, **found)
+            if found['frechet'] < best:
+                best, chosen = found['frechet'], dict(step=step, net=plain_state(average))
+            if step % SAVE_EVERY == 0 and math.log2(step // SAVE_EVERY) % 1 == 0:
+                progress.append((step, draw_faces(average, COLUMNS, 0, device)))
+            save_checkpoint(base + '_last.pth', dict(
+                problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
+                progress=progress, config=config, settings=settings, precision=precision,
+                command=command, generator=generator.state_dict(), average=average.state_dict(),
+                discriminator=discriminator.state_dict(),
+                generator_optimizer=generator_optimizer.state_dict(),
+                discriminator_optimizer=discriminator_optimizer.state_dict(), rng=rng.get_state()))
+    # final check from file
+    state = load_checkpoint(base + '_last.pth', STATE)
+    chosen = state['chosen']
+    generator = Generator(**config)
+    generator.load_state_dict(chosen['net'])
+    metrics = dict(images=len(test.names),
+                   **measure(generator.to(device).eval(), judge, test.images, device))
+    log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
+    write_log(base + '.jsonl', read_log(log.path))
+    save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
+                                    net=chosen['net'], settings=settings, metrics=metrics,
+                                    command=command, progress=state['progress']))
+    write_sum(args.ckpt)
+    print('{}: step {}, Frechet distance to the test faces in latent means {frechet:.2f}'.format(
+        args.ckpt, chosen['step'], **metrics))
+
+
+def gradient_norm(net):
+    """Return the norm of all gradients of a net together."""
+    return torch.stack([parameter.grad.float().norm() for parameter in net.parameters()]).norm()
+
+
+# ------------------------------------------------------------------------------------------- infer
+
+def load_vae(device):
+    """Return problem 1's VAE in eval() on device."""
+    checkpoint = load_checkpoint(JUDGE, 'p1_vae')
+    vae = VAE(**checkpoint['config'])
+    vae.load_state_dict(checkpoint['net'])
+    return vae.to(device).eval()
+
+
+def load_generator(path, device):
+    """Return (net in eval() on device, checkpoint) of a checkpoint that train() wrote."""
+    checkpoint = load_checkpoint(path, PROBLEM)
+    generator = Generator(**checkpoint['config'])
+    generator.load_state_dict(checkpoint['net'])
+    return generator.to(device).eval(), checkpoint
+
+
+def draw_faces(generator, count, seed, device):
+    """Draw count faces from N(0, I): (count, 3, 64, 64) uint8."""
+    return decode_noise(lambda z: to_unit(generator(z)), count, generator.project.in_features, seed,
+                        device)
+
+
+def infer(args):
+    """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
+    if args.n is None:
+        check_picture_path(args.out)
+    # on the CPU unless asked otherwise: the picture is the same on every machine
+    device = pick_device(args.device or 'cpu')
+    generator = load_generator(args.ckpt, device)[0]
+    images = draw_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
+    if args.n is None:
+        save_picture(args.out, make_grid(images, COLUMNS))
+    else:
+        save_single(args.out, images)
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--train', action='store_true', help='train; without a mode: draw faces')
+    parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ (hw3_data)')
+    parser.add_argument('--out', help='picture or, with --n, folder to write')
+    parser.add_argument('--ckpt', default=os.path.join(HERE, 'checkpoints', PROBLEM + '.pth'),
+                        help='checkpoint to read, or to write with --train')
+    parser.add_argument('--resume', action='store_true',
+                        help='--train: go on with a stopped run, or with more --steps a finished one')
+    parser.add_argument('--steps', type=int, help=f'training steps ({DEFAULTS["steps"]})')
+    parser.add_argument('--batch_size', type=int,
+                        help=f'images in a training step ({DEFAULTS["batch_size"]})')
+    parser.add_argument('--seed', type=int, help=f'of the noise or the run ({DEFAULTS["seed"]})')
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'],
+                        help='auto takes a GPU if there is one (auto for --train, else cpu)')
+    parser.add_argument('--method', choices=sorted(METHODS),
+                        help=f'--train: losses and discriminator ({DEFAULTS["method"]})')
+    parser.add_argument('--augment', type=float, help='--train: strength of the augmentation, 0 to 1 '
+                        f'({DEFAULTS["augment"]})')
+    parser.add_argument('--n', type=int, help='draw so many single images')
+    args = parser.parse_args(argv)
+    for name in ('steps', 'batch_size', 'n'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1')
+    if args.augment is not None and not 0 <= args.augment <= 1:
+        parser.error('--augment must lie in 0 .. 1')
+    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
+        parser.error('--seed must lie in 0 .. 4294967295')
+    if not args.train and not args.out:
+        parser.error('say --out PICTURE or --train')
+    words = sys.argv[1:] if argv is None else argv
+    args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run_command(train if args.train else infer, args)
+
+
+if __name__ == '__main__':
+    main()
