@@ -54,7 +54,7 @@ def list_images(folder):
 def read_image(path, size):
     """Read one image of any mode as (size, size, 3) uint8; another size is resized bicubically.
 
-    Transparent pixels are laid over black.  Raises UserError with the name if it cannot be decoded.
+    size None keeps the image's own.  Transparent pixels are laid over black.  Raises UserError with the name if it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -64,7 +64,7 @@ def read_image(path, size):
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), image)
             image = image.convert('RGB')
-            if image.size != (size, size):
+            if size is not None and image.size != (size, size):
                 image = image.resize((size, size), Image.BICUBIC)
             return np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -161,9 +161,9 @@ def to_float(images):
     return images.float().div_(255)
 
 
-def random_flip(images, generator):
+def random_flip(images, rng):
     """Mirror each of (N, 3, H, W) images left to right with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    flip = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 

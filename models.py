@@ -358,6 +358,12 @@ def resume_run(path, problem, resume, given, defaults, may_grow=None):
     return settings, state
 
 
+def file_sum(path):
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
 def write_sum(path):
     """Put path's SHA-256 into the SHA256SUMS beside it, if there is one, as sha256sum prints it."""
     folder, name = os.path.split(os.path.abspath(path))
@@ -366,8 +372,7 @@ def write_sum(path):
         return
     with open(sums) as file:
         lines = [line for line in file if line.split()[1:] != [name]]
-    with open(path, 'rb') as file:
-        lines.append(f'{hashlib.sha256(file.read()).hexdigest()}  {name}\n')
+    lines.append(f'{file_sum(path)}  {name}\n')
 
     def write(temporary):
         with open(temporary, 'w') as file:

@@ -122,7 +122,7 @@ def train(args):
         given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
     steps, batch_size = settings['steps'], settings['batch_size']
     torch.manual_seed(settings['seed'])                                    # the first weights
-    generator = torch.Generator().manual_seed(settings['seed'])            # batches, flips, noise
+    rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
@@ -145,7 +145,7 @@ def train(args):
         vae.load_state_dict(state['net'])
         average.load_state_dict(state['average'])
         optimizer.load_state_dict(state['optimizer'])
-        generator.set_state(state['generator'])
+        rng.set_state(state['rng'])
     precision = pick_precision(device) if state is None else state['precision']
     command = args.command if state is None else state['command']
     if state is None and os.path.exists(base + '_last.pth'):
@@ -160,9 +160,9 @@ def train(args):
     # loop
     for step in range(step + 1, steps + 1):
         # batch
-        rows = torch.randint(len(training), (batch_size,), generator=generator)
-        x = on_device(random_flip(to_float(training[rows]), generator), device)
-        noise = torch.randn(batch_size, config['latent_dim'], generator=generator).to(device)
+        rows = torch.randint(len(training), (batch_size,), generator=rng)
+        x = on_device(random_flip(to_float(training[rows]), rng), device)
+        noise = torch.randn(batch_size, config['latent_dim'], generator=rng).to(device)
         # update: reconstruction + lambda_KL KL
         learning_rate, lambda_kl = learning_rate_at(step, steps), lambda_kl_at(step, settings)
         set_learning_rate(optimizer, learning_rate)
@@ -200,7 +200,7 @@ def train(args):
                 problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
                 config=config, settings=settings, precision=precision, command=command,
                 net=vae.state_dict(), average=average.state_dict(),
-                optimizer=optimizer.state_dict(), generator=generator.get_state()))
+                optimizer=optimizer.state_dict(), rng=rng.get_state()))
     # final check from file
     chosen = load_checkpoint(base + '_last.pth', STATE)['chosen']
     vae = VAE(**config)
@@ -427,7 +427,7 @@ def parse_args(argv=None):
     elif not args.train and not args.out:
         parser.error('say --out PICTURE, --train or --plot')
     words = sys.argv[1:] if argv is None else argv
-    args.command = 'python3 p1_vae.py ' + ' '.join(shlex.quote(word) for word in words)
+    args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
     return args
 
 

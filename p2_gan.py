@@ -9,6 +9,7 @@ steps (EMA); one batch of drawn faces serves both updates of a step.
     bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
     python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
     python3 p2_gan.py --train --data_dir hw3_data      train; --resume goes on after a stop
+    python3 p2_gan.py --plot --data_dir hw3_data       redraw every figure of the report
 
 Rule of choice: of the averages saved during the run, the one with the least Frechet distance to 500
 held-out training faces, between the means that problem 1's encoder gives them.  The test faces are
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (FaceImages, UserError, check_picture_path, make_grid, random_flip, run_command,
+import p1_vae
+from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_pixels, draw_text,
+                      make_grid, new_figure, random_flip, read_image, run_command, save_figure,
                       save_picture, save_single, split_held_out, to_float)
-from models import (VAE, Discriminator, Generator, RunLog, autocast, decode_noise, for_training,
-                    load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
+from models import (Discriminator, Generator, RunLog, autocast, decode_noise, file_sum,
+                    for_training, load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
                     resume_run, run_batches, save_checkpoint, to_uint8, update_average, write_log,
                     write_sum)
 
@@ -62,6 +65,8 @@ JUDGE = os.path.join(HERE, 'checkpoints', 'p1_vae.pth')     # its encoder gives 
 # figures
 FACES = 32                   # in the graded picture
 COLUMNS = 8
+WALK_SEED = 6                # picks the noise of fig2_6
+SAMPLES = os.path.join(HERE, 'checkpoints', 'samples.jsonl')       # scores, of tests/benchmark.py
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -181,7 +186,10 @@ def train(args):
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
-    judge = load_vae(device)
+    judge = p1_vae.load_vae(JUDGE, device)[0]
+    if min(len(held_out), len(test.names)) < 2:
+        raise UserError('the score needs two held-out and two test faces: add images until there are '
+                        '20 training faces and 2 test faces or more')
     # nets
     config = NET if state is None else state['config']
     generator = for_training(Generator(**config), device)
@@ -318,14 +326,6 @@ def gradient_norm(net):
 
 # ------------------------------------------------------------------------------------------- infer
 
-def load_vae(device):
-    """Return problem 1's VAE in eval() on device."""
-    checkpoint = load_checkpoint(JUDGE, 'p1_vae')
-    vae = VAE(**checkpoint['config'])
-    vae.load_state_dict(checkpoint['net'])
-    return vae.to(device).eval()
-
-
 def load_generator(path, device):
     """Return (net in eval() on device, checkpoint) of a checkpoint that train() wrote."""
     checkpoint = load_checkpoint(path, PROBLEM)
@@ -354,6 +354,146 @@ def infer(args):
         save_single(args.out, images)
 
 
+# -------------------------------------------------------------------------------------------- plot
+
+def plot(args):
+    """Write every figure of the report to --out (figures/) from checkpoints, logs and faces."""
+    device = pick_device(args.device or 'cpu')
+    generator, checkpoint = load_generator(args.ckpt, device)
+    judge = p1_vae.load_vae(JUDGE, device)[0]
+    log, scores = read_log(os.path.splitext(args.ckpt)[0] + '.jsonl'), read_log(SAMPLES)
+    training = FaceImages(args.data_dir, 'train').images
+    images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
+    discriminator = Discriminator(DISCRIMINATOR_CHANNELS,
+                                  METHODS[checkpoint['settings']['method']]['norm'])
+    draw_text(os.path.join(args.out, 'fig2_1.png'), 'Problem 2: print(model)',
+              [f'(generator): {generator}', f'(discriminator): {discriminator}'])
+    save_picture(os.path.join(args.out, 'fig2_2.png'), make_grid(images, COLUMNS))
+    plot_learning_curves(os.path.join(args.out, 'fig2_3.png'), log)
+    plot_comparison(os.path.join(args.out, 'fig2_4.png'), args.ckpt, images, judge, training, scores,
+                    device)
+    plot_progress(os.path.join(args.out, 'fig2_5.png'), checkpoint)
+    plot_walks(os.path.join(args.out, 'fig2_6.png'), generator, device)
+    plot_methods(os.path.join(args.out, 'table2.png'), scores)
+    print(f'seven figures and tables are in {args.out}')
+
+
+def plot_learning_curves(path, log):
+    """fig2_3: losses, outputs of the discriminator and held-out score over the images seen."""
+    settings = log[0]['settings']
+    figure, axes = new_figure(13, 3.8, columns=3)
+    curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
+              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'),
+                            ('fake', 'drawn faces'))),
+              (2, 'held_out', (('frechet', 'averaged weights'),)))
+    for index, kind, lines in curves:
+        records = [record for record in log if record['kind'] == kind]
+        for colour, (name, label) in zip(COLOURS[4:] if index else COLOURS, lines):
+            points = [(record['step'] * settings['batch_size'] / 1000, record[name])
+                      for record in records if name in record]
+            axes[index].plot(*zip(*points), color=colour, label=label, linewidth=0.8)
+        axes[index].grid(True, alpha=0.25)
+        axes[index].legend()
+        axes[index].set_xlabel('training images seen (thousands)')
+    axes[0].set(title=f'Losses ({settings["method"]})', ylabel=f'mean over {LOG_EVERY} steps')
+    axes[1].set(title='Output of the discriminator, before a sigmoid',
+                ylabel='mean score of augmented images')
+    axes[2].set(title='Frechet distance to held-out faces', yscale='log',
+                ylabel="in latent means of problem 1's VAE")
+    axes[2].yaxis.set_major_formatter('{x:g}')
+    axes[2].yaxis.set_minor_formatter('{x:g}')
+    save_figure(path, figure)
+
+
+def score_of(path, scores):
+    """Return the scores of the checkpoint file at path as text; they belong to these very bytes."""
+    found = [record for record in scores if record.get('sha256') == file_sum(path)]
+    if not found:
+        return 'not scored'
+    return 'detected {detected:.3f}, frechet {frechet:.1f}, nearest {nearest:.3f}'.format(**found[0])
+
+
+def plot_comparison(path, ckpt, images, judge, training, scores, device):
+    """fig2_4: VAE against GAN, and the training faces that are nearest to what the GAN draws.
+
+    Near means a small distance between the latent means of problem 1's VAE, over all training faces
+    and their mirror images.
+    """
+    figure, axes = new_figure(11, 12.4, rows=2)
+    both = torch.cat([part for row in range(4) for part in (
+        p1_vae.draw_faces(judge, FACES, 0, device)[4 * row:4 * row + 4], images[4 * row:4 * row + 4])])
+    draw_pixels(axes[0], make_grid(both, 8))
+    for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
+        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center', fontsize=9)
+    axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
+    axes[0].set_title('Sixteen faces of each, drawn from N(0, I), not chosen; scores of 1,000 of each '
+                      'against the test faces', fontsize=10, pad=18)
+    candidates = torch.cat([training, training.flip(3)])
+    distances = torch.cdist(latent_means(judge, images[:8], device),
+                            latent_means(judge, candidates, device))
+    # a face and its mirror image count once
+    nearest = torch.min(distances[:, :len(training)], distances[:, len(training):]).argsort(1)[:, :3]
+    rows = [images[:8]]
+    for rank in range(3):
+        chosen = nearest[:, rank]
+        mirrored = (distances[range(8), chosen + len(training)] < distances[range(8), chosen]).long()
+        rows.append(candidates[chosen + mirrored * len(training)])
+    draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
+    for index, text in enumerate(('drawn by the GAN', 'nearest', 'second', 'third')):
+        axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center', fontsize=9)
+    axes[1].set_title(f'The nearest of {len(training):,} training faces, by the latent means of the VAE',
+                      fontsize=10)
+    save_figure(path, figure)
+
+
+def plot_progress(path, checkpoint):
+    """fig2_5: the same eight noise vectors as training goes on."""
+    figure, axes = new_figure(9, 1.05 * len(checkpoint['progress']) + 0.6)
+    draw_pixels(axes, make_grid(torch.cat([images for _, images in checkpoint['progress']]), COLUMNS))
+    for index, (step, _) in enumerate(checkpoint['progress']):
+        axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"]:,}', ha='right',
+                  va='center', fontsize=9)
+    axes.set_title('The same eight noise vectors after so many training images (averaged weights)',
+                   fontsize=10)
+    save_figure(path, figure)
+
+
+def plot_walks(path, generator, device):
+    """fig2_6: walks between two noise vectors, along the great circle on which noise lies."""
+    ends = np.random.RandomState(WALK_SEED).standard_normal((6, 2, generator.project.in_features))
+    walks = []
+    for first, last in ends:
+        angle = np.arccos(np.dot(first, last) / np.linalg.norm(first) / np.linalg.norm(last))
+        walks += [(np.sin((1 - share) * angle) * first + np.sin(share * angle) * last) / np.sin(angle)
+                  for share in np.linspace(0, 1, 9)]
+    noise = torch.from_numpy(np.array(walks, np.float32))
+    drawn = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
+    figure, axes = new_figure(9, 6.4)
+    draw_pixels(axes, make_grid(drawn, 9))
+    for index, tick in enumerate(['first'] + [f'{share}/8' for share in range(1, 8)] + ['second']):
+        axes.text(35 + 66 * index, -5, tick, ha='center', fontsize=8)
+    axes.set_title('Walks between two noise vectors, along the great circle', fontsize=10, pad=18)
+    save_figure(path, figure)
+
+
+def plot_methods(path, scores):
+    """table2: every run that was scored, with eight faces that it draws."""
+    rows = [record for record in scores if record.get('picture')]
+    figure, axes = new_figure(12.5, 0.86 * len(rows) + 1.2)
+    draw_pixels(axes, np.concatenate([
+        read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None)[:-2]
+        for record in rows]))
+    columns = ((-640, 'left', 'faces', '{label}'), (-400, 'right', 'images seen', '{images:,}'),
+               (-300, 'right', 'own score', '{own:.2f}'), (-200, 'right', 'detected', '{detected:.3f}'),
+               (-110, 'right', 'frechet', '{frechet:.1f}'), (-20, 'right', 'nearest', '{nearest:.3f}'))
+    for x, side, title, form in columns:
+        axes.text(x, -10, title, ha=side, fontsize=9, weight='bold')
+        for index, record in enumerate(rows):
+            axes.text(x, 35 + 66 * index, form.format(**record), ha=side, va='center', fontsize=9)
+    axes.set_title('1,000 drawn faces of each against the 1,000 test faces', fontsize=11, pad=22)
+    save_figure(path, figure)
+
+
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
@@ -361,8 +501,9 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument('--train', action='store_true', help='train; without a mode: draw faces')
+    mode.add_argument('--plot', action='store_true', help='write the figures')
     parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ (hw3_data)')
-    parser.add_argument('--out', help='picture or, with --n, folder to write')
+    parser.add_argument('--out', help='picture or, with --n, folder to write; --plot: figures')
     parser.add_argument('--ckpt', default=os.path.join(HERE, 'checkpoints', PROBLEM + '.pth'),
                         help='checkpoint to read, or to write with --train')
     parser.add_argument('--resume', action='store_true',
@@ -386,8 +527,10 @@ def parse_args(argv=None):
         parser.error('--augment must lie in 0 .. 1')
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error('--seed must lie in 0 .. 4294967295')
-    if not args.train and not args.out:
-        parser.error('say --out PICTURE or --train')
+    if args.plot:
+        args.out = args.out or 'figures'
+    elif not args.train and not args.out:
+        parser.error('say --out PICTURE, --train or --plot')
     words = sys.argv[1:] if argv is None else argv
     args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
     return args
@@ -395,7 +538,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    run_command(train if args.train else infer, args)
+    run_command(train if args.train else plot if args.plot else infer, args)
 
 
 if __name__ == '__main__':

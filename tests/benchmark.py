@@ -24,8 +24,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import p1_vae                                                                       # noqa: E402
-from datasets import FaceImages, to_float                                           # noqa: E402
-from models import VAE, write_log                                                   # noqa: E402
+import p2_gan                                                                       # noqa: E402
+from datasets import (FaceImages, list_images, make_grid, read_images, save_picture,     # noqa: E402
+                      split_held_out, to_float)
+from models import VAE, file_sum, load_checkpoint, write_log                        # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 
@@ -166,25 +168,49 @@ def scripts(args):
 
 
 def samples(args):
-    """Draw 1,000 faces and have the scorer compare them, and 1,000 real ones, with the test faces.
+    """Draw 1,000 faces from checkpoints and have the scorer compare them with the test faces.
 
     The scorer (a script of its own, with dlib) prints: n 1000  detected D  frechet F  nearest N.
+    'real' are training faces.  own is p2_gan.py's distance to the held-out faces.  What was not named
+    keeps its record; eight faces of each lie beside it for table2.
     """
-    real = os.path.join(args.data_dir, 'face')
-    records = []
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = os.path.join(folder, 'p1')
-        subprocess.check_call([sys.executable, os.path.join(ROOT, 'p1_vae.py'), '--out', drawn,
-                               '--n', '1000'])
-        for what, images in (('p1_vae', drawn), ('real training faces', os.path.join(real, 'train'))):
-            line = subprocess.check_output([args.python, args.scorer, images,
+    path = os.path.join(CHECKPOINTS, 'samples.jsonl')
+    cpu, real = torch.device('cpu'), os.path.join(args.data_dir, 'face')
+    judge = p1_vae.load_vae(p2_gan.JUDGE, cpu)[0]
+    training = FaceImages(args.data_dir, 'train').images
+    held_out = p2_gan.latent_means(judge, training[split_held_out(len(training))[1]], cpu)
+    for name in args.names or ['p1_vae', 'p2_gan', 'real']:
+        record = dict(kind='samples', what=name, label='training faces', images=0)
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = os.path.join(real, 'train')
+            if name != 'real':
+                drawn, ckpt = os.path.join(folder, 'faces'), os.path.join(CHECKPOINTS, name + '.pth')
+                problem = name[:2]
+                module = {'p1': p1_vae, 'p2': p2_gan}[problem]
+                subprocess.check_call([sys.executable, module.__file__, '--ckpt', ckpt, '--out', drawn,
+                                       '--n', '1000'])
+                checkpoint = load_checkpoint(ckpt, module.PROBLEM)
+                settings = checkpoint['settings']
+                record.update(sha256=file_sum(ckpt), images=settings['steps'] * settings['batch_size'],
+                              chosen_step=checkpoint['step'], label='VAE of problem 1')
+                if problem == 'p2':
+                    record['label'] = settings['method'] + (
+                        '' if settings['augment'] else ', not augmented') + (
+                        ', shipped' if name == 'p2_gan' else '')
+            line = subprocess.check_output([args.python, args.scorer, drawn,
                                             os.path.join(real, 'test')]).decode().strip()
             numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
                                    line).groups()
-            records.append(dict(kind='samples', what=what, n=int(numbers[0]), **dict(
-                zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])))))
-            print(f'{what}: {line}', flush=True)
-    write_log(os.path.join(CHECKPOINTS, 'samples.jsonl'), records)
+            images = read_images(drawn, list_images(drawn)[:1000], 64)
+        record.update(zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
+                      own=p2_gan.frechet_distance(p2_gan.latent_means(judge, images, cpu), held_out),
+                      picture='samples/{}_{}.png'.format(name.replace('/', '_'), record['images']))
+        save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
+        print(f'{name}: {line}, own {record["own"]:.2f}', flush=True)
+        with open(path) as file:               # again: another scoring may have run beside this one
+            records = [old for old in map(json.loads, file)
+                       if (old['what'], old['images']) != (name, record['images'])]
+        write_log(path, sorted(records + [record], key=lambda one: (one['what'], one['images'])))
 
 
 def main():
@@ -192,6 +218,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples'])
     parser.add_argument('--data_dir', default='hw3_data')
+    parser.add_argument('names', nargs='*', help='samples: checkpoints, as p2_gan, or real')
     parser.add_argument('--scorer', help='samples: the face scorer')
     parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
     args = parser.parse_args()

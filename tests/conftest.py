@@ -90,6 +90,6 @@ def copy_of_project(tmp_path):
     for name in os.listdir(ROOT):
         if name.endswith(('.sh', '.py')):
             shutil.copy(os.path.join(ROOT, name), str(folder))
-    for name in ('p1_vae.pth', 'SHA256SUMS', 'URL'):
+    for name in ('p1_vae.pth', 'p2_gan.pth', 'SHA256SUMS', 'URL'):
         shutil.copy(os.path.join(ROOT, 'checkpoints', name), str(folder / 'checkpoints'))
     return folder

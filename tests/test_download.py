@@ -173,3 +173,22 @@ def test_no_server(copy_of_project, url, words):
 def test_not_found(copy_of_project, server):
     (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
     assert_one_line(draw(copy_of_project, server.url + '/missing'), 'p1_vae.pth', '/missing')
+
+
+def test_other_script_differs_in_names_alone():
+    """What is tested here of hw3_p1.sh holds for hw3_p2.sh, which has the same lines."""
+    with open(os.path.join(ROOT, 'hw3_p1.sh')) as one, open(os.path.join(ROOT, 'hw3_p2.sh')) as two:
+        expected = one.read()
+        for before, after in (('Problem 1', 'Problem 2'), ('the VAE', 'the GAN'), ('hw3_p1', 'hw3_p2'),
+                              ('p1_vae', 'p2_gan')):
+            expected = expected.replace(before, after)
+        assert two.read() == expected
+
+
+def test_other_script_fetches_its_own_checkpoint(copy_of_project, server):
+    (copy_of_project / 'checkpoints' / 'p2_gan.pth').unlink()
+    result = run(['bash', copy_of_project / 'hw3_p2.sh', copy_of_project / 'out.png'],
+                 CHECKPOINT_URL=server.url + '/good')
+    # the server answers with problem 1's file, whatever it is asked for
+    assert_one_line(result, 'p2_gan.pth', 'wrong SHA-256')
+    assert {name for _, name, _ in server.requests} == {'p2_gan.pth'}

@@ -1,4 +1,4 @@
-"""python3 p1_vae.py --train: two steps, a stop at any moment, and the run that goes on."""
+"""python3 pN_*.py --train: two steps, a stop at any moment, and the run that goes on."""
 import glob
 import json
 import os
@@ -13,22 +13,55 @@ import torch
 from conftest import ROOT, assert_one_line, run
 
 import p1_vae
+import p2_gan
 from models import load_checkpoint
 
-# the real program with a small net that logs and saves often
-QUICK = ('import sys; sys.path.insert(0, {root!r}); import p1_vae; p1_vae.LOG_EVERY = 1; '
-         'p1_vae.SAVE_EVERY = {every}; p1_vae.LEARNING_RATE_WARM_UP = 5; '
-         'p1_vae.pick_precision = lambda device: "fp32"; '     # else the clock may choose anew
-         'p1_vae.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); p1_vae.main()')
+# the real programs with small nets that log and save often
+QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; program.LOG_EVERY = 1; '
+         'program.SAVE_EVERY = {every}; '
+         'program.pick_precision = lambda device: "fp32"; '    # else the clock may choose anew
+         'program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); {more}; program.main()')
+MORE = dict(p1_vae='program.LEARNING_RATE_WARM_UP = 5',
+            p2_gan='program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16')
+PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan)
+SCORES = dict(p1_vae='loss', p2_gan='frechet')              # by which a checkpoint is chosen
+DIVERGE = dict(p1_vae='program.LEARNING_RATE = 1e30',
+               p2_gan='program.METHODS["dcgan"]["learning_rates"] = (1e30, 2e-4)')
 
 
-def command(data_dir, ckpt, *flags, every=5):
-    return ['python3', '-c', QUICK.format(root=ROOT, every=every), '--train', '--data_dir', data_dir,
-            '--ckpt', ckpt, '--batch_size', '4', '--device', 'cpu'] + list(flags)
+class Trainer(object):
+    """One program's --train and what it leaves behind."""
 
+    def __init__(self, name):
+        self.name, self.module = name, PROGRAMS[name]
+        self.score, self.diverge = SCORES[name], DIVERGE[name]
 
-def train(*arguments, **options):
-    return run(command(*arguments, **options), OMP_NUM_THREADS='1')
+    def command(self, data_dir, ckpt, *flags, **options):
+        code = QUICK.format(root=ROOT, name=self.name, every=options.get('every', 5),
+                            more=MORE[self.name])
+        return ['python3', '-c', code, '--train', '--data_dir', data_dir, '--ckpt', ckpt,
+                '--batch_size', '4', '--device', 'cpu'] + list(flags)
+
+    def train(self, *arguments, **options):
+        return run(self.command(*arguments, **options), OMP_NUM_THREADS='1')
+
+    def kill_when(self, condition, arguments, **options):
+        """Start a training and kill it (kill -9) as soon as condition() holds."""
+        environment = dict(os.environ, OMP_NUM_THREADS='1')
+        environment['PATH'] = os.path.dirname(sys.executable) + os.pathsep + environment['PATH']
+        process = subprocess.Popen([str(word) for word in self.command(*arguments, **options)],
+                                   env=environment, stdout=subprocess.DEVNULL)
+        while not condition():
+            assert process.poll() is None, 'the run ended before it could be killed'
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    def weights(self, ckpt):
+        return load_checkpoint(str(ckpt), self.name)['net']
+
+    def state(self, ckpt):
+        return load_checkpoint(str(ckpt).replace('.pth', '_last.pth'), self.module.STATE)
 
 
 def records(ckpt, kind, ending='.jsonl'):
@@ -39,209 +72,256 @@ def records(ckpt, kind, ending='.jsonl'):
             for line in lines if line['kind'] == kind]
 
 
-def weights(ckpt):
-    return load_checkpoint(str(ckpt), 'p1_vae')['net']
-
-
 def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.fixture(scope='module', params=sorted(PROGRAMS))
+def trainer(request):
+    return Trainer(request.param)
+
+
 @pytest.fixture(scope='module')
-def unbroken(data_dir, tmp_path_factory):
+def unbroken(trainer, data_dir, tmp_path_factory):
     """A run of thirty steps that nobody stopped."""
-    ckpt = tmp_path_factory.mktemp('unbroken') / 'p1_vae.pth'
-    result = train(data_dir, ckpt, '--steps', '30')
+    ckpt = tmp_path_factory.mktemp('unbroken') / 'run.pth'
+    result = trainer.train(data_dir, ckpt, '--steps', '30')
     assert result.returncode == 0, result.stderr
     return ckpt
 
 
-def test_two_steps_of_the_real_net(data_dir, tmp_path):
+def test_two_steps_of_the_real_net(trainer, data_dir, tmp_path):
     """Train, then draw from the new weights."""
-    ckpt = tmp_path / 'p1_vae.pth'
+    ckpt = tmp_path / 'run.pth'
     (tmp_path / 'SHA256SUMS').write_text('')
-    program = os.path.join(ROOT, 'p1_vae.py')
+    program = os.path.join(ROOT, trainer.name + '.py')
     result = run(['python3', program, '--train', '--steps', '2', '--batch_size', '4', '--data_dir',
                   data_dir, '--ckpt', ckpt])
     assert result.returncode == 0, result.stderr
     assert 'step 2/2' in result.stdout and 'images/s' in result.stdout and 'left' in result.stdout
-    assert sorted(os.listdir(str(tmp_path))) == ['SHA256SUMS', 'p1_vae.jsonl', 'p1_vae.pth',
-                                                 'p1_vae_last.jsonl', 'p1_vae_last.pth']
-    checkpoint = load_checkpoint(str(ckpt), 'p1_vae')
+    assert sorted(os.listdir(str(tmp_path))) == ['SHA256SUMS', 'run.jsonl', 'run.pth',
+                                                 'run_last.jsonl', 'run_last.pth']
+    checkpoint = load_checkpoint(str(ckpt), trainer.name)
     assert checkpoint['settings']['steps'] == 2 and checkpoint['metrics']['images'] == 12
-    assert records(ckpt, 'test')[0]['mse'] == checkpoint['metrics']['mse']
+    assert checkpoint['command'].startswith(f'python3 {trainer.name}.py --train --steps 2')
+    for name, value in checkpoint['metrics'].items():
+        assert records(ckpt, 'test')[0][name] == value
     sums = run(['sha256sum', '-c', 'SHA256SUMS'], cwd=tmp_path)
-    assert sums.returncode == 0 and 'p1_vae.pth: OK' in sums.stdout
+    assert sums.returncode == 0 and 'run.pth: OK' in sums.stdout
     drawn = run(['python3', program, '--ckpt', ckpt, '--out', tmp_path / 'faces.png'])
     assert drawn.returncode == 0, drawn.stderr
 
 
-def test_log(unbroken):
+def test_log(trainer, unbroken):
     assert [record['step'] for record in records(unbroken, 'train')] == list(range(1, 31))
     assert [record['step'] for record in records(unbroken, 'held_out')] == [5, 10, 15, 20, 25, 30]
     for record in records(unbroken, 'held_out'):
-        assert record['loss'] == pytest.approx(record['reconstruction'] + 1e-4 * record['kl'])
+        if trainer.name == 'p1_vae':
+            assert record['loss'] == pytest.approx(record['reconstruction'] + 1e-4 * record['kl'])
     start = records(unbroken, 'run')[0]
     assert start['training_images'] == 36 and start['held_out'] == 4
     assert start['settings']['seed'] == 0
 
 
-def test_the_least_held_out_loss_chooses(unbroken):
+def test_the_least_held_out_score_chooses(trainer, unbroken):
     held_out = records(unbroken, 'held_out')
-    least = min(held_out, key=lambda record: record['loss'])
-    assert load_checkpoint(str(unbroken), 'p1_vae')['step'] == least['step']
+    least = min(held_out, key=lambda record: record[trainer.score])
+    assert load_checkpoint(str(unbroken), trainer.name)['step'] == least['step']
     assert records(unbroken, 'test')[0]['chosen_step'] == least['step']
 
 
-def test_training_lowers_the_loss(data_dir, tmp_path):
-    ckpt = tmp_path / 'p1_vae.pth'
-    assert train(data_dir, ckpt, '--steps', '120', every=60).returncode == 0
-    train_records = records(ckpt, 'train')
-    first, last = [sum(record['reconstruction'] for record in part) / 10
-                   for part in (train_records[:10], train_records[-10:])]
-    assert last < 0.8 * first
+def test_training_of_the_vae_lowers_its_loss(data_dir, tmp_path):
+    ckpt = tmp_path / 'run.pth'
+    assert Trainer('p1_vae').train(data_dir, ckpt, '--steps', '120', every=60).returncode == 0
+    losses = [record['reconstruction'] for record in records(ckpt, 'train')]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_same_seed_same_weights_another_seed_others(data_dir, tmp_path, unbroken):
-    again, other = tmp_path / 'again' / 'p1_vae.pth', tmp_path / 'other' / 'p1_vae.pth'
-    assert train(data_dir, again, '--steps', '30').returncode == 0
-    assert train(data_dir, other, '--steps', '30', '--seed', '1').returncode == 0
-    assert same(weights(unbroken), weights(again))
-    assert not same(weights(unbroken), weights(other))
+@pytest.mark.parametrize('method', sorted(p2_gan.METHODS))
+def test_discriminator_learns_to_tell_real_from_drawn(data_dir, tmp_path, method):
+    ckpt = tmp_path / 'run.pth'
+    result = Trainer('p2_gan').train(data_dir, ckpt, '--steps', '100', '--method', method, every=100)
+    assert result.returncode == 0, result.stderr
+    gaps = [record['real'] - record['fake'] for record in records(ckpt, 'train')]
+    assert sum(gaps[-20:]) > 2 * abs(sum(gaps[:20]))
 
 
-def kill_when(condition, arguments, **options):
-    """Start a training and kill it (kill -9) as soon as condition() holds."""
-    environment = dict(os.environ, OMP_NUM_THREADS='1')
-    environment['PATH'] = os.path.dirname(sys.executable) + os.pathsep + environment['PATH']
-    process = subprocess.Popen([str(word) for word in command(*arguments, **options)],
-                               env=environment, stdout=subprocess.DEVNULL)
-    while not condition():
-        assert process.poll() is None, 'the run ended before it could be killed'
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+def test_same_seed_same_weights_another_seed_others(trainer, data_dir, tmp_path, unbroken):
+    again, other = tmp_path / 'again' / 'run.pth', tmp_path / 'other' / 'run.pth'
+    assert trainer.train(data_dir, again, '--steps', '30').returncode == 0
+    assert trainer.train(data_dir, other, '--steps', '30', '--seed', '1').returncode == 0
+    assert same(trainer.weights(unbroken), trainer.weights(again))
+    assert not same(trainer.weights(unbroken), trainer.weights(other))
 
 
-def test_killed_run_goes_on_as_if_nothing_had_happened(data_dir, tmp_path, unbroken):
+def test_killed_run_goes_on_as_if_nothing_had_happened(trainer, data_dir, tmp_path, unbroken):
     """Killed twice, in step 7 or later and in step 17 or later: same curve, same weights."""
-    ckpt = tmp_path / 'p1_vae.pth'
+    ckpt = tmp_path / 'run.pth'
 
     def reached(step):
-        return lambda: ((tmp_path / 'p1_vae_last.jsonl').exists() and any(
+        return lambda: ((tmp_path / 'run_last.jsonl').exists() and any(
             record['step'] >= step for record in records(ckpt, 'train', '_last.jsonl')))
-    kill_when(reached(7), (data_dir, ckpt, '--steps', '30'))
-    kill_when(reached(17), (data_dir, ckpt, '--resume'))
-    assert not ckpt.exists() and not (tmp_path / 'p1_vae.jsonl').exists()
-    result = train(data_dir, ckpt, '--resume')
+    trainer.kill_when(reached(7), (data_dir, ckpt, '--steps', '30'))
+    trainer.kill_when(reached(17), (data_dir, ckpt, '--resume'))
+    assert not ckpt.exists() and not (tmp_path / 'run.jsonl').exists()
+    result = trainer.train(data_dir, ckpt, '--resume')
     assert result.returncode == 0, result.stderr
     for kind in ('train', 'held_out', 'test'):
         assert records(ckpt, kind) == records(unbroken, kind)
-    assert same(weights(unbroken), weights(ckpt))
-    assert load_checkpoint(str(ckpt), 'p1_vae')['command'].endswith('--steps 30')
+    assert same(trainer.weights(unbroken), trainer.weights(ckpt))
+    assert load_checkpoint(str(ckpt), trainer.name)['command'].endswith('--steps 30')
 
 
-def test_stopped_run_leaves_the_old_checkpoint_and_its_log_alone(data_dir, tmp_path):
-    ckpt = tmp_path / 'p1_vae.pth'
-    for name in ('p1_vae.pth', 'p1_vae.jsonl', 'SHA256SUMS'):
+def test_stopped_run_leaves_the_old_checkpoint_and_its_log_alone(trainer, data_dir, tmp_path):
+    ckpt = tmp_path / 'run.pth'
+    for name in ('run.pth', 'run.jsonl', 'SHA256SUMS'):
         (tmp_path / name).write_text('old')
-    kill_when((tmp_path / 'p1_vae_last.pth').exists, (data_dir, ckpt, '--steps', '2000'))
-    for name in ('p1_vae.pth', 'p1_vae.jsonl', 'SHA256SUMS'):
+    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'))
+    for name in ('run.pth', 'run.jsonl', 'SHA256SUMS'):
         assert (tmp_path / name).read_text() == 'old'
 
 
-def test_killed_while_saving(data_dir, tmp_path):
+def test_killed_while_saving(trainer, data_dir, tmp_path):
     """The temporary file is there, so the kill falls into a save: the save before it still loads."""
-    ckpt = tmp_path / 'p1_vae.pth'
-    state = tmp_path / 'p1_vae_last.pth'
+    ckpt = tmp_path / 'run.pth'
+    state = tmp_path / 'run_last.pth'
     for _ in range(3):
-        kill_when(lambda: state.exists() and glob.glob(str(tmp_path / '.*p1_vae_last.pth')),
+        trainer.kill_when(lambda: state.exists() and glob.glob(str(tmp_path / '.*run_last.pth')),
                   (data_dir, ckpt, '--steps', '5000', '--resume'), every=1)
-        assert load_checkpoint(str(state), p1_vae.STATE)['step'] >= 1
+        assert trainer.state(ckpt)['step'] >= 1
     assert not ckpt.exists()
-    before = load_checkpoint(str(state), p1_vae.STATE)['step']
-    kill_when(lambda: load_checkpoint(str(state), p1_vae.STATE)['step'] > before,
+    before = trainer.state(ckpt)['step']
+    trainer.kill_when(lambda: trainer.state(ckpt)['step'] > before,
               (data_dir, ckpt, '--resume'), every=1)
     assert len(glob.glob(str(tmp_path / '.*'))) <= 1             # leftovers of kills do not pile up
 
 
-def test_resume_needs_no_run_and_finishes_a_finished_one(data_dir, tmp_path):
-    ckpt = tmp_path / 'p1_vae.pth'
-    result = train(data_dir, ckpt, '--steps', '2', '--resume')
+def test_resume_needs_no_run_and_finishes_a_finished_one(trainer, data_dir, tmp_path):
+    ckpt = tmp_path / 'run.pth'
+    result = trainer.train(data_dir, ckpt, '--steps', '2', '--resume')
     assert result.returncode == 0 and 'starting a new run' in result.stdout
-    first = weights(ckpt)
+    first = trainer.weights(ckpt)
     ckpt.unlink()
-    assert train(data_dir, ckpt, '--resume').returncode == 0
-    assert same(first, weights(ckpt))
+    assert trainer.train(data_dir, ckpt, '--resume').returncode == 0
+    assert same(first, trainer.weights(ckpt))
     assert len(records(ckpt, 'test')) == 1
 
 
-def test_new_run_over_a_finished_one_is_never_taken_for_it(data_dir, tmp_path):
+def test_new_run_over_a_finished_one_is_never_taken_for_it(trainer, data_dir, tmp_path):
     """Killed before its first save, it has nothing to resume: not the finished run's state either."""
-    ckpt = tmp_path / 'p1_vae.pth'
-    assert train(data_dir, ckpt, '--steps', '2').returncode == 0
-    kill_when(lambda: len(records(ckpt, 'train', '_last.jsonl')) >= 4,
+    ckpt = tmp_path / 'run.pth'
+    assert trainer.train(data_dir, ckpt, '--steps', '2').returncode == 0
+    trainer.kill_when(lambda: len(records(ckpt, 'train', '_last.jsonl')) >= 4,
               (data_dir, ckpt, '--steps', '2000'), every=2000)
     assert len(records(ckpt, 'train')) == 2                      # the finished run's log, untouched
-    result = train(data_dir, ckpt, '--resume', '--steps', '3')
+    result = trainer.train(data_dir, ckpt, '--resume', '--steps', '3')
     assert 'starting a new run' in result.stdout
     assert len(records(ckpt, 'train')) == 3
 
 
-def test_run_leaves_the_saves_of_a_run_beside_it_alone(data_dir, tmp_path):
-    (tmp_path / '.123.p1_vae_b_last.pth').write_text('another run is writing this')
-    (tmp_path / '.123.p1_vae_last.pth').write_text('a leftover')
-    assert train(data_dir, tmp_path / 'p1_vae.pth', '--steps', '1').returncode == 0
-    assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.123.p1_vae_b_last.pth')]
+def test_run_leaves_the_saves_of_a_run_beside_it_alone(trainer, data_dir, tmp_path):
+    (tmp_path / '.123.run_b_last.pth').write_text('another run is writing this')
+    (tmp_path / '.123.run_last.pth').write_text('a leftover')
+    assert trainer.train(data_dir, tmp_path / 'run.pth', '--steps', '1').returncode == 0
+    assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.123.run_b_last.pth')]
 
 
-def test_unfinished_run_is_not_overwritten(data_dir, tmp_path):
-    ckpt = tmp_path / 'p1_vae.pth'
-    kill_when((tmp_path / 'p1_vae_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
-    assert_one_line(train(data_dir, ckpt, '--steps', '2000'), 'add --resume')
-    assert_one_line(train(data_dir, ckpt, '--resume', '--seed', '5'), '--seed 0')
+def test_unfinished_run_is_not_overwritten(trainer, data_dir, tmp_path):
+    ckpt = tmp_path / 'run.pth'
+    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
+    assert_one_line(trainer.train(data_dir, ckpt, '--steps', '2000'), 'add --resume')
+    assert_one_line(trainer.train(data_dir, ckpt, '--resume', '--seed', '5'), '--seed 0')
 
 
-def test_init_takes_weights_but_not_the_run(data_dir, tmp_path, unbroken):
-    ckpt = tmp_path / 'p1_vae.pth'
-    result = train(data_dir, ckpt, '--steps', '1', '--init', unbroken, '--lambda_kl', '3e-4')
-    assert_one_line(train(data_dir, tmp_path / 'x.pth', '--init', tmp_path / 'p1_vae_last.pth'),
+def test_init_takes_weights_but_not_the_run(data_dir, tmp_path):
+    trainer = Trainer('p1_vae')
+    first, ckpt = tmp_path / 'first.pth', tmp_path / 'run.pth'
+    assert trainer.train(data_dir, first, '--steps', '30').returncode == 0
+    result = trainer.train(data_dir, ckpt, '--steps', '1', '--init', first, '--lambda_kl', '3e-4')
+    assert_one_line(trainer.train(data_dir, tmp_path / 'x.pth', '--init', tmp_path / 'run_last.pth'),
                     'p1_vae (training state)')
     assert result.returncode == 0, result.stderr
     assert records(ckpt, 'train')[0]['lambda_kl'] == 3e-4         # at once, without a warm-up
-    assert records(ckpt, 'train')[0]['reconstruction'] < records(unbroken, 'train')[0]['reconstruction']
+    assert records(ckpt, 'train')[0]['reconstruction'] < records(first, 'train')[0]['reconstruction']
 
 
-def test_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
-    diverging = command(data_dir, tmp_path / 'p1_vae.pth', '--steps', '300', every=1)
-    diverging[2] = diverging[2].replace('p1_vae.main()', 'p1_vae.LEARNING_RATE = 1e30; p1_vae.main()')
-    assert_one_line(run(diverging), 'the loss is', 'the last good save')
-    assert not (tmp_path / 'p1_vae.pth').exists()
-    state = load_checkpoint(str(tmp_path / 'p1_vae_last.pth'), p1_vae.STATE)
-    assert state['step'] == records(tmp_path / 'p1_vae.pth', 'train', '_last.jsonl')[-1]['step']
+@pytest.mark.parametrize('method', sorted(p2_gan.METHODS))
+def test_methods_of_the_gan(data_dir, tmp_path, method):
+    """Eleven steps of each, stopped and resumed, with all that the learning curves need."""
+    trainer, one, two = Trainer('p2_gan'), tmp_path / 'one.pth', tmp_path / 'two.pth'
+    assert trainer.train(data_dir, one, '--steps', '11', '--method', method).returncode == 0
+    assert trainer.train(data_dir, two, '--steps', '5', '--method', method).returncode == 0
+    assert_one_line(trainer.train(data_dir, two, '--resume', '--steps', '4'), '--steps 5')
+    result = trainer.train(data_dir, two, '--resume', '--steps', '11')
+    assert result.returncode == 0, result.stderr
+    assert same(trainer.weights(one), trainer.weights(two))
+    assert records(one, 'train') == records(two, 'train')
+    assert '--steps 5' in load_checkpoint(str(two), 'p2_gan')['command']
+    assert load_checkpoint(str(two), 'p2_gan')['command'].endswith('--resume --steps 11')
+    every = {'real', 'fake', 'held_out', 'discriminator_loss', 'discriminator_gradient'}
+    learns = {'generator_loss', 'generator_gradient'}
+    penalty = {'penalty'} if method == 'wgan_gp' else set()
+    for record in records(one, 'train'):
+        wanted = every | penalty
+        if record['step'] % p2_gan.METHODS[method]['generator_every'] == 0:
+            wanted = wanted | learns
+        assert set(record) == wanted | {'kind', 'step'}
+    assert [step for step, _ in load_checkpoint(str(one), 'p2_gan')['progress']] == [0, 5, 10]
+    assert all(images.shape == (8, 3, 64, 64)
+               for _, images in load_checkpoint(str(one), 'p2_gan')['progress'])
 
 
-def test_full_disk(data_dir, tmp_path):
+def test_augmentation_of_the_gan_can_be_turned_off(data_dir, tmp_path):
+    trainer, one, two = Trainer('p2_gan'), tmp_path / 'one.pth', tmp_path / 'two.pth'
+    assert trainer.train(data_dir, one, '--steps', '2').returncode == 0
+    assert trainer.train(data_dir, two, '--steps', '2', '--augment', '0').returncode == 0
+    assert records(two, 'run')[0]['settings']['augment'] == 0
+    assert records(one, 'train') != records(two, 'train')
+
+
+def test_gan_needs_enough_faces_for_a_score(tmp_path):
+    from conftest import write_faces
+    few = write_faces(tmp_path / 'few', (12, 12))
+    assert_one_line(Trainer('p2_gan').train(few, tmp_path / 'run.pth'), '20 training faces')
+
+
+def test_loss_that_is_not_finite_stops_the_run(trainer, data_dir, tmp_path):
+    diverging = trainer.command(data_dir, tmp_path / 'run.pth', '--steps', '300', every=1)
+    diverging[2] = diverging[2].replace('program.main()', trainer.diverge + '; program.main()')
+    assert_one_line(run(diverging), 'step', 'the last good save')
+    assert not (tmp_path / 'run.pth').exists()
+    state = trainer.state(tmp_path / 'run.pth')
+    assert state['step'] == records(tmp_path / 'run.pth', 'train', '_last.jsonl')[-1]['step']
+
+
+def test_full_disk(trainer, data_dir, tmp_path):
     """A limit on the size of a file fails the first save: one line, and nothing half-written."""
     words = ' '.join(shlex.quote(str(word)) for word in
-                     command(data_dir, tmp_path / 'p1_vae.pth', '--steps', '9'))
+                     trainer.command(data_dir, tmp_path / 'run.pth', '--steps', '9'))
     result = run(['bash', '-c', 'ulimit -f 20; ' + words])
-    assert_one_line(result, 'cannot write', 'p1_vae_last.pth')
-    assert os.listdir(str(tmp_path)) == ['p1_vae_last.jsonl']
+    assert_one_line(result, 'cannot write', 'run_last.pth')
+    assert os.listdir(str(tmp_path)) == ['run_last.jsonl']
 
 
-def test_checkpoint_is_a_folder(data_dir, tmp_path):
-    assert_one_line(train(data_dir, tmp_path), 'is a folder')
+def test_checkpoint_is_a_folder(trainer, data_dir, tmp_path):
+    assert_one_line(trainer.train(data_dir, tmp_path), 'is a folder')
 
 
-def test_figures(data_dir, tmp_path, unbroken):
+FIGURES = dict(
+    p1_vae=['fig1_1.png', 'fig1_2.png', 'fig1_4.png', 'fig1_5.png', 'fig1_6.png', 'fig1_7.png',
+            'table1_3.png'],
+    p2_gan=['fig2_1.png', 'fig2_2.png', 'fig2_3.png', 'fig2_4.png', 'fig2_5.png', 'fig2_6.png',
+            'table2.png'])
+
+
+def test_figures(trainer, data_dir, tmp_path, unbroken):
     """--plot writes every figure of the report, without training, and leaves the logs alone."""
     out = tmp_path / 'figures'
     before = open(str(unbroken).replace('.pth', '.jsonl')).read()
-    result = run(['python3', os.path.join(ROOT, 'p1_vae.py'), '--plot', '--data_dir', data_dir,
-                  '--ckpt', unbroken, '--out', out, '--attribute', 'Smiling'])
+    flags = ['--attribute', 'Smiling'] if trainer.name == 'p1_vae' else []
+    result = run(['python3', os.path.join(ROOT, trainer.name + '.py'), '--plot', '--data_dir', data_dir,
+                  '--ckpt', unbroken, '--out', out] + flags)
     assert result.returncode == 0, result.stderr
-    assert sorted(os.listdir(str(out))) == ['fig1_1.png', 'fig1_2.png', 'fig1_4.png', 'fig1_5.png',
-                                            'fig1_6.png', 'fig1_7.png', 'table1_3.png']
+    assert sorted(os.listdir(str(out))) == FIGURES[trainer.name]
     assert min(os.path.getsize(str(out / name)) for name in os.listdir(str(out))) > 5000
     assert open(str(unbroken).replace('.pth', '.jsonl')).read() == before

@@ -1,0 +1,193 @@
+"""The GAN's losses, nets and augmentation against oracles."""
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import p2_gan
+from models import Discriminator, Generator
+
+SMALL = [4, 6, 8, 10]
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_losses_of_dcgan_are_cross_entropies():
+    real, fake = torch.randn(9), torch.randn(9)
+    ones, zeros = torch.ones(9), torch.zeros(9)
+    expected = (F.binary_cross_entropy_with_logits(real, ones)
+                + F.binary_cross_entropy_with_logits(fake, zeros))
+    assert torch.allclose(p2_gan.discriminator_loss('dcgan', real, fake), expected)
+    # not saturating: -log D(G(z)), not log(1 - D(G(z)))
+    assert torch.allclose(p2_gan.generator_loss('dcgan', fake), -torch.sigmoid(fake).log().mean())
+
+
+def test_losses_of_sngan_and_wgan_gp_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, -0.5, 1.0])
+    assert p2_gan.discriminator_loss('sngan', real, fake).item() == pytest.approx((0 + 0.5 + 2 + 0 + 0.5 + 2) / 3)
+    assert p2_gan.discriminator_loss('wgan_gp', real, fake).item() == pytest.approx((-2.5 - 1.5) / 3)
+    for method in ('sngan', 'wgan_gp'):
+        assert p2_gan.generator_loss(method, fake).item() == pytest.approx(2.5 / 3)
+
+
+def test_discriminator_learns_in_the_right_direction():
+    """Every loss falls as real scores rise and drawn ones fall; the generator's as drawn ones rise."""
+    for method in p2_gan.METHODS:
+        real, fake = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+        p2_gan.discriminator_loss(method, real, fake).backward()
+        assert (real.grad < 0).all() and (fake.grad > 0).all(), method
+        drawn = torch.zeros(3, requires_grad=True)
+        p2_gan.generator_loss(method, drawn).backward()
+        assert (drawn.grad < 0).all(), method
+
+
+def test_gradient_penalty_of_a_linear_function():
+    """Its gradient is w everywhere: the penalty is (|w| - 1)^2, and has a gradient for w."""
+    w = torch.randn(3 * 8 * 8, requires_grad=True)
+    penalty = p2_gan.gradient_penalty(lambda x: x.flatten(1) @ w, torch.rand(5, 3, 8, 8),
+                                      torch.rand(5, 3, 8, 8), stream())
+    norm = w.norm()
+    assert penalty.item() == pytest.approx(((norm - 1) ** 2).item(), rel=1e-4)
+    penalty.backward()
+    assert torch.allclose(w.grad, (2 * (norm - 1) * w / norm).detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_penalty_lies_between_real_and_drawn():
+    """Of half the squared norm the gradient at x is x, which tells where it was taken."""
+    points = []
+
+    def half_square(x):
+        points.append(x.detach())
+        return 0.5 * (x.flatten(1) ** 2).sum(1)
+    real, fake = torch.zeros(64, 1, 1, 1), torch.full((64, 1, 1, 1), 4.0)
+    penalty = p2_gan.gradient_penalty(half_square, real, fake, stream())
+    x = points[0].flatten()
+    assert penalty.item() == pytest.approx(((x - 1) ** 2).mean().item(), rel=1e-5)
+    assert 0 <= x.min() < 1 and 3 < x.max() <= 4 and len(set(x.tolist())) == 64
+    assert torch.equal(x, 4 * torch.rand(64, generator=stream()))
+
+
+def test_spectral_norm_against_svd():
+    discriminator = Discriminator(SMALL, 'spectral').train()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    for _ in range(200):                       # one power iteration each
+        discriminator(x)
+    layers = [layer for layer in discriminator.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert len(layers) == 5
+    for layer in layers:
+        raw = np.linalg.svd(layer.weight_orig.detach().flatten(1).numpy(), compute_uv=False)[0]
+        used = layer.weight.detach().flatten(1)
+        assert torch.allclose(used, layer.weight_orig.detach().flatten(1) / float(raw), atol=1e-3)
+        assert np.linalg.svd(used.numpy(), compute_uv=False)[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_shapes_and_ranges():
+    for channels in (SMALL, p2_gan.NET['channels']):
+        generator = Generator(16, channels)
+        images = generator(torch.randn(3, 16))
+        assert images.shape == (3, 3, 64, 64) and images.abs().max() <= 1
+        assert p2_gan.to_unit(images).min() >= 0 and p2_gan.to_unit(images).max() <= 1
+    for norm in ('batch', 'layer', 'spectral'):
+        score = Discriminator(SMALL, norm)(images)
+        assert score.shape == (3,)
+
+
+def test_batch_norm_alone_mixes_the_images_of_a_batch():
+    x = torch.rand(4, 3, 64, 64) * 2 - 1
+    for norm, independent in (('layer', True), ('spectral', True), ('batch', False)):
+        discriminator = Discriminator(SMALL, norm).train()
+        for _ in range(100):                   # until the power iteration has settled
+            discriminator(x)
+        with torch.no_grad():
+            same = torch.allclose(discriminator(x)[:2], discriminator(x[:2]), atol=1e-4)
+        assert same == independent, norm
+
+
+def test_three_methods_share_one_generator():
+    torch.manual_seed(3)
+    first = Generator(**p2_gan.NET).state_dict()
+    norms = {settings['norm'] for settings in p2_gan.METHODS.values()}
+    assert norms == {'batch', 'layer', 'spectral'}
+    torch.manual_seed(3)
+    assert all(torch.equal(value, first[name])
+               for name, value in Generator(**p2_gan.NET).state_dict().items())
+    assert sum(value.numel() for value in first.values()) * 4 < 40e6
+
+
+def test_augmentation_of_strength_zero_changes_nothing():
+    x = torch.rand(5, 3, 64, 64) * 2 - 1
+    assert torch.equal(p2_gan.augment(x, 0, stream()), x)
+    nearly = p2_gan.augment(x, 1e-6, stream())
+    assert torch.allclose(nearly, x, atol=1e-5)
+
+
+def test_augmentation_is_differentiable():
+    x = (torch.rand(2, 3, 8, 8) * 2 - 1).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: p2_gan.augment(x, 1.0, stream(4)), (x,))
+
+
+def test_augmentation_repeats_under_a_seed_and_differs_between_images():
+    x = (torch.rand(1, 3, 64, 64) * 2 - 1).expand(6, -1, -1, -1)
+    first = p2_gan.augment(x, 1.0, stream(1))
+    assert first.shape == x.shape and first.dtype == x.dtype
+    assert torch.equal(first, p2_gan.augment(x, 1.0, stream(1)))
+    assert not torch.equal(first, p2_gan.augment(x, 1.0, stream(2)))
+    assert len({image.numpy().tobytes() for image in first}) == 6
+
+
+def test_augmentation_of_flat_images():
+    """A flat grey image shows brightness, the move and the blank alone."""
+    images = p2_gan.augment(torch.full((200, 3, 64, 64), 0.1), 1.0, stream())
+    values, kept = [], []
+    for image in images:
+        inside = image[image != 0]
+        assert inside.max() - inside.min() < 1e-5
+        values.append(inside[0].item() - 0.1)
+        kept.append(len(inside) / image.numel())
+    assert -0.5 <= min(values) < -0.4 and 0.4 < max(values) <= 0.5
+    # at least the blank's quarter that lies inside is gone, at most all of it and two eighths
+    assert 0.75 * (7 / 8) ** 2 - 0.25 * 15 / 64 <= min(kept) < max(kept) <= 1 - 0.25 / 4 + 0.02
+
+
+def test_augmentation_moves_by_at_most_an_eighth():
+    images = torch.full((300, 3, 64, 64), -0.5)
+    images[:, :, 32, 32] = 1
+    seen = set()
+    for image in p2_gan.augment(images, 1.0, stream()):
+        bright = (image.sum(0) == image.sum(0).max()).nonzero()
+        if len(bright) == 1:                    # else the square has blanked it
+            seen.add(tuple((bright[0] - 32).tolist()))
+    for axis in (0, 1):
+        moves = [move[axis] for move in seen]
+        assert min(moves) == -8 and max(moves) == 8
+
+
+def test_frechet_distance_against_scipy():
+    from scipy.linalg import sqrtm
+    rng = np.random.RandomState(0)
+    a, b = rng.randn(300, 6) @ rng.randn(6, 6), rng.randn(200, 6) + 1
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = (((a.mean(0) - b.mean(0)) ** 2).sum()
+                + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
+    assert p2_gan.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert p2_gan.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert p2_gan.frechet_distance(a, a + 2) == pytest.approx(4 * 6, rel=1e-9)
+    few = rng.randn(3, 6)                       # fewer than dimensions
+    assert p2_gan.frechet_distance(few, few + 1) == pytest.approx(6, rel=1e-6)
+
+
+def test_held_out_score_is_worse_for_worse_faces():
+    """Of the shipped generator: its own noise scores better than noise that is too small."""
+    cpu = torch.device('cpu')
+    generator = p2_gan.load_generator(os.path.join(ROOT, 'checkpoints', 'p2_gan.pth'), cpu)[0]
+    judge = p2_gan.p1_vae.load_vae(p2_gan.JUDGE, cpu)[0]
+    images = p2_gan.draw_faces(generator, 200, 5, cpu)
+    good = p2_gan.measure(generator, judge, images, cpu)['frechet']
+    assert good == p2_gan.measure(generator, judge, images, cpu)['frechet']
+    generator.project.weight.data *= 0.7
+    assert p2_gan.measure(generator, judge, images, cpu)['frechet'] > 1.2 * good
