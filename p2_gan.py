@@ -46,8 +46,8 @@ DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
 
 # training
 DEFAULTS = dict(
-    steps=16000,             # of one batch each; --resume with more --steps goes on
-    batch_size=64,           # images
+    steps=32000,             # of one batch each; --resume with more --steps goes on
+    batch_size=32,           # images: on one CPU the number of updates limits it
     seed=0,
     method='dcgan',
     augment=1.0)             # strength of what the discriminator's images go through; 0: nothing
@@ -57,8 +57,8 @@ METHODS = dict(              # the generator learns at every generator_every-th 
     wgan_gp=dict(norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5))
 PENALTY = 10                 # weight of WGAN-GP's gradient penalty
 AVERAGE_DECAY = 0.999        # of the average of the generator, per step
-LOG_EVERY = 100              # steps
-SAVE_EVERY = 500             # steps
+LOG_EVERY = 200              # steps
+SAVE_EVERY = 1000             # steps
 SCORED = 1000                # drawn faces in a held-out score
 JUDGE = os.path.join(HERE, 'checkpoints', 'p1_vae.pth')     # its encoder gives the features
 

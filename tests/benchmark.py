@@ -2,7 +2,7 @@
 
     python3 tests/benchmark.py linear_code --data_dir hw3_data     the yardstick of problem 1
     python3 tests/benchmark.py training --data_dir hw3_data        training speed against a plain loop
-    python3 tests/benchmark.py scripts                             wall time and memory of hw3_p1.sh
+    python3 tests/benchmark.py scripts                             wall time and memory of hw3_pN.sh
     python3 tests/benchmark.py samples --data_dir hw3_data --scorer face_score.py --python PYTHON
                                                                    quality of 1,000 drawn faces
 """
@@ -27,7 +27,7 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 from datasets import (FaceImages, list_images, make_grid, read_images, save_picture,     # noqa: E402
                       split_held_out, to_float)
-from models import VAE, file_sum, load_checkpoint, write_log                        # noqa: E402
+from models import VAE, Discriminator, Generator, file_sum, load_checkpoint, write_log    # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 
@@ -67,8 +67,8 @@ def linear_code(args):
     write_log(os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl'), records)
 
 
-def plain_training(data_dir, steps, batch_size):
-    """Images per second of the same net in the loop of a tutorial: fp32, PNG files, a DataLoader."""
+def plain_batches(data_dir, batch_size):
+    """Batches of training faces as a tutorial reads them: PNG files, a DataLoader, flips; in [0, 1]."""
     folder = os.path.join(data_dir, 'face', 'train')
     names = sorted(os.listdir(folder))[:8500]
 
@@ -81,34 +81,78 @@ def plain_training(data_dir, steps, batch_size):
             image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
             return image.flip(2) if torch.rand(1).item() < 0.5 else image
 
-    loader = torch.utils.data.DataLoader(Faces(), batch_size=batch_size, shuffle=True)
+    return torch.utils.data.DataLoader(Faces(), batch_size=batch_size, shuffle=True)
+
+
+def plain_average(average, net):
+    for old, new in zip(average.parameters(), net.parameters()):
+        old.data = 0.999 * old.data + 0.001 * new.data
+
+
+def plain_vae():
+    """Return the training step of p1_vae.py as a tutorial writes it: fp32, contiguous."""
     vae = VAE(**p1_vae.NET).train()
     average = copy.deepcopy(vae)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
-    for step, x in enumerate(loader):
-        if step == 2:
-            start = time.perf_counter()
-        if step == steps + 2:
-            break
+
+    def step(x):
         output, mean, log_variance = vae(x, torch.randn(len(x), p1_vae.NET['latent_dim']))
         loss = (p1_vae.reconstruction_loss(output, x)
                 + 1e-4 * p1_vae.kl_divergence(mean, log_variance).mean())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for old, new in zip(average.parameters(), vae.parameters()):
-            old.data = 0.999 * old.data + 0.001 * new.data
+        plain_average(average, vae)
+    return step
+
+
+def plain_gan():
+    """Return the training step of p2_gan.py as a tutorial writes it: fp32, contiguous."""
+    generator = Generator(**p2_gan.NET).train()
+    discriminator = Discriminator(p2_gan.DISCRIMINATOR_CHANNELS, 'batch').train()
+    average = copy.deepcopy(generator)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+                  for net in (generator, discriminator)]
+    rng = torch.Generator().manual_seed(0)
+
+    def step(x):
+        fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim'])).detach()
+        loss = p2_gan.discriminator_loss('dcgan', discriminator(p2_gan.augment(2 * x - 1, 1.0, rng)),
+                                         discriminator(p2_gan.augment(fake, 1.0, rng)))
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim']))
+        loss = p2_gan.generator_loss('dcgan', discriminator(p2_gan.augment(fake, 1.0, rng)))
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        plain_average(average, generator)
+    return step
+
+
+def plain_training(make, data_dir, steps, batch_size):
+    """Images per second of a plain training step, with its reading of images."""
+    step = make()
+    for index, x in enumerate(plain_batches(data_dir, batch_size)):
+        if index == 2:
+            start = time.perf_counter()
+        if index == steps + 2:
+            break
+        step(x)
     return steps * batch_size / (time.perf_counter() - start)
 
 
-def our_training(data_dir, steps, batch_size):
-    """Images per second of p1_vae.py --train, by its own log, once it has warmed up."""
+def our_training(module, data_dir, steps, batch_size):
+    """Images per second of a program's --train, by its own log, once it has warmed up."""
     with tempfile.TemporaryDirectory() as folder:
-        ckpt = os.path.join(folder, 'p1_vae.pth')
-        subprocess.run([sys.executable, os.path.join(ROOT, 'p1_vae.py'), '--train', '--data_dir',
-                        data_dir, '--ckpt', ckpt, '--steps', str(steps), '--batch_size',
-                        str(batch_size), '--device', 'cpu'], check=True, stdout=subprocess.DEVNULL)
-        with open(os.path.join(folder, 'p1_vae.jsonl')) as file:
+        ckpt = os.path.join(folder, 'run.pth')
+        code = (f'import sys; sys.path.insert(0, {ROOT!r}); import {module.PROBLEM} as program; '
+                'program.LOG_EVERY = 50; program.main()')
+        subprocess.run([sys.executable, '-c', code, '--train', '--data_dir', data_dir, '--ckpt', ckpt,
+                        '--steps', str(steps), '--batch_size', str(batch_size), '--device', 'cpu'],
+                       check=True, stdout=subprocess.DEVNULL)
+        with open(os.path.join(folder, 'run.jsonl')) as file:
             records = [json.loads(line) for line in file]
     # the log has the mean speed since the start; the time between its first record and its last
     # leaves out reading the images and warming up
@@ -119,18 +163,22 @@ def our_training(data_dir, steps, batch_size):
 
 
 def training(args):
-    """Compare the two loops on this machine, in turns, and print the ratio."""
-    plain, ours = [], []
-    for _ in range(2):
-        plain.append(plain_training(args.data_dir, steps=30, batch_size=64))
-        speed, precision = our_training(args.data_dir, steps=150, batch_size=64)
-        ours.append(speed)
-    record = dict(kind='training', problem='p1', plain=max(plain), ours=max(ours),
-                  ratio=max(ours) / max(plain), precision=precision,
-                  threads=torch.get_num_threads(), torch=torch.__version__)
-    print('p1: {ours:.0f} images/s in {precision}, plain loop {plain:.0f}, ratio {ratio:.2f}'
-          .format(**record))
-    write_log(os.path.join(CHECKPOINTS, 'benchmark_training.jsonl'), [record])
+    """Compare the two loops of each program on this machine, in turns, and print the ratio."""
+    records = []
+    for problem, module, make in (('p1', p1_vae, plain_vae), ('p2', p2_gan, plain_gan)):
+        batch_size = module.DEFAULTS['batch_size']
+        plain, ours = [], []
+        for _ in range(2):
+            plain.append(plain_training(make, args.data_dir, 1920 // batch_size, batch_size))
+            speed, precision = our_training(module, args.data_dir, 9600 // batch_size, batch_size)
+            ours.append(speed)
+        record = dict(kind='training', problem=problem, plain=max(plain), ours=max(ours),
+                      ratio=max(ours) / max(plain), precision=precision, batch_size=batch_size,
+                      threads=torch.get_num_threads(), torch=torch.__version__)
+        print('{problem}: {ours:.0f} images/s in {precision}, plain loop {plain:.0f}, ratio {ratio:.2f}'
+              .format(**record), flush=True)
+        records.append(record)
+    write_log(os.path.join(CHECKPOINTS, 'benchmark_training.jsonl'), records)
 
 
 def timed(command):
@@ -146,16 +194,17 @@ def timed(command):
 
 
 def scripts(args):
-    """Wall time and peak memory of the grader's command, and what importing torch takes of it."""
+    """Wall time and peak memory of the grader's commands, and what importing torch takes of it."""
     records = []
-    with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, 'out.png')
-        runs = [timed(['bash', os.path.join(ROOT, 'hw3_p1.sh'), out]) for _ in range(3)]
-        imports = [timed(['python3', '-c', 'import torch']) for _ in range(3)]
     version = subprocess.check_output(['python3', '-c', 'import torch; print(torch.__version__)'])
-    records.append(dict(kind='script', script='hw3_p1.sh', seconds=min(runs)[0],
-                        megabytes=max(run[1] for run in runs), import_seconds=min(imports)[0],
-                        torch=version.decode().strip()))
+    imports = [timed(['python3', '-c', 'import torch']) for _ in range(3)]
+    for script in ('hw3_p1.sh', 'hw3_p2.sh'):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, 'out.png')
+            runs = [timed(['bash', os.path.join(ROOT, script), out]) for _ in range(3)]
+        records.append(dict(kind='script', script=script, seconds=min(runs)[0],
+                            megabytes=max(run[1] for run in runs), import_seconds=min(imports)[0],
+                            torch=version.decode().strip()))
     for record in records:
         print('{script}: {seconds:.2f} s, of which importing torch {import_seconds:.2f} s; '
               'at most {megabytes:.0f} MB (torch {torch})'.format(**record))

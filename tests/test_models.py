@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import p1_vae
 from datasets import UserError
-from models import (VAE, autocast, decode_noise, for_training, load_checkpoint, pick_device,
+from models import (VAE, Generator, autocast, decode_noise, for_training, load_checkpoint, pick_device,
                     pick_precision, plain_state, run_batches, save_checkpoint, update_average,
                     write_sum)
 
@@ -122,11 +122,15 @@ def test_noise_is_standard_normal_and_frozen():
     assert np.allclose(z[0, :3], [1.7640524, 0.4001572, 0.978738], atol=1e-6)
 
 
-def test_average_follows_its_formula():
-    net, average = VAE(**SMALL), VAE(**SMALL)
+@pytest.mark.parametrize('make,inputs', [
+    (lambda: VAE(**SMALL), (torch.rand(4, 3, 64, 64), torch.randn(4, 6))),
+    (lambda: Generator(**SMALL), (torch.randn(4, 6),))], ids=['vae', 'generator'])
+def test_average_follows_its_formula(make, inputs):
+    net, average = make(), make()
     before = copy.deepcopy(average.state_dict())
-    net(torch.rand(4, 3, 64, 64), torch.randn(4, 6))      # changes the batch statistics' buffers
+    net(*inputs)                                          # changes the batch statistics' buffers
     update_average(average, net, 0.9)
+    assert any('running_mean' in name for name in before)
     for name, value in average.state_dict().items():
         new = net.state_dict()[name]
         expected = 0.9 * before[name] + 0.1 * new if value.is_floating_point() else new
@@ -164,16 +168,20 @@ def test_checkpoint_round_trip_in_the_old_format(tmp_path):
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_shipped_checkpoint_is_plain_and_small():
-    """fp32 and int64 tensors, numbers and strings only; nothing of an optimizer; under 40 MB."""
-    path = os.path.join(ROOT, 'checkpoints', 'p1_vae.pth')
+@pytest.mark.parametrize('problem', ['p1_vae', 'p2_gan'])
+def test_shipped_checkpoint_is_plain_and_small(problem):
+    """fp32 and int64 tensors, numbers and strings only; no discriminator, no optimizer; under 40 MB."""
+    path = os.path.join(ROOT, 'checkpoints', problem + '.pth')
     assert os.path.getsize(path) < 40e6
-    checkpoint = load_checkpoint(path, 'p1_vae')
-    assert set(checkpoint) == {'problem', 'step', 'config', 'net', 'settings', 'metrics', 'command'}
+    checkpoint = load_checkpoint(path, problem)
+    more = {'progress'} if problem == 'p2_gan' else set()
+    assert set(checkpoint) == {'problem', 'step', 'config', 'net', 'settings', 'metrics', 'command'} | more
     assert {str(value.dtype) for value in checkpoint['net'].values()} == {'torch.float32', 'torch.int64'}
     assert all(value.is_contiguous() for value in checkpoint['net'].values())
-    assert checkpoint['command'].startswith('python3 p1_vae.py --train')
+    assert checkpoint['command'].startswith(f'python3 {problem}.py --train')
     assert checkpoint['metrics']['images'] == 1000
+    assert set(checkpoint['net']) == set(dict(
+        p1_vae=VAE, p2_gan=Generator)[problem](**checkpoint['config']).state_dict())
 
 
 def test_sum_is_what_sha256sum_writes(tmp_path):
