@@ -58,7 +58,7 @@ METHODS = dict(              # the generator learns at every generator_every-th 
 PENALTY = 10                 # weight of WGAN-GP's gradient penalty
 AVERAGE_DECAY = 0.999        # of the average of the generator, per step
 LOG_EVERY = 200              # steps
-SAVE_EVERY = 1000             # steps
+SAVE_EVERY = 1000            # steps
 SCORED = 1000                # drawn faces in a held-out score
 JUDGE = os.path.join(HERE, 'checkpoints', 'p1_vae.pth')     # its encoder gives the features
 
@@ -383,15 +383,18 @@ def plot_learning_curves(path, log):
     settings = log[0]['settings']
     figure, axes = new_figure(13, 3.8, columns=3)
     curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
-              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'),
+              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces, mean of ten batches'),
                             ('fake', 'drawn faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
     for index, kind, lines in curves:
         records = [record for record in log if record['kind'] == kind]
         for colour, (name, label) in zip(COLOURS[4:] if index else COLOURS, lines):
-            points = [(record['step'] * settings['batch_size'] / 1000, record[name])
-                      for record in records if name in record]
-            axes[index].plot(*zip(*points), color=colour, label=label, linewidth=0.8)
+            points = np.array([(record['step'] * settings['batch_size'] / 1000, record[name])
+                               for record in records if name in record])
+            if name == 'held_out':         # one batch each: a mean over ten takes out the noise
+                points[:, 1] = [points[max(0, end - 10):end, 1].mean()
+                                for end in range(1, len(points) + 1)]
+            axes[index].plot(*points.T, color=colour, label=label, linewidth=0.8)
         axes[index].grid(True, alpha=0.25)
         axes[index].legend()
         axes[index].set_xlabel('training images seen (thousands)')
@@ -419,12 +422,12 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     Near means a small distance between the latent means of problem 1's VAE, over all training faces
     and their mirror images.
     """
-    figure, axes = new_figure(11, 12.4, rows=2)
+    figure, axes = new_figure(9, 9.2, rows=2)
     both = torch.cat([part for row in range(4) for part in (
         p1_vae.draw_faces(judge, FACES, 0, device)[4 * row:4 * row + 4], images[4 * row:4 * row + 4])])
     draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
-        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center', fontsize=9)
+        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center', fontsize=8)
     axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
     axes[0].set_title('Sixteen faces of each, drawn from N(0, I), not chosen; scores of 1,000 of each '
                       'against the test faces', fontsize=10, pad=18)
@@ -439,7 +442,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
         mirrored = (distances[range(8), chosen + len(training)] < distances[range(8), chosen]).long()
         rows.append(candidates[chosen + mirrored * len(training)])
     draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
-    for index, text in enumerate(('drawn by the GAN', 'nearest', 'second', 'third')):
+    for index, text in enumerate(('GAN', 'nearest', 'second', 'third')):
         axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center', fontsize=9)
     axes[1].set_title(f'The nearest of {len(training):,} training faces, by the latent means of the VAE',
                       fontsize=10)
@@ -479,13 +482,14 @@ def plot_walks(path, generator, device):
 def plot_methods(path, scores):
     """table2: every run that was scored, with eight faces that it draws."""
     rows = [record for record in scores if record.get('picture')]
-    figure, axes = new_figure(12.5, 0.86 * len(rows) + 1.2)
-    draw_pixels(axes, np.concatenate([
-        read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None)[:-2]
-        for record in rows]))
-    columns = ((-640, 'left', 'faces', '{label}'), (-400, 'right', 'images seen', '{images:,}'),
-               (-300, 'right', 'own score', '{own:.2f}'), (-200, 'right', 'detected', '{detected:.3f}'),
-               (-110, 'right', 'frechet', '{frechet:.1f}'), (-20, 'right', 'nearest', '{nearest:.3f}'))
+    strips = np.concatenate([read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']),
+                                        None)[:-2] for record in rows])
+    # to the left of the faces white for the columns
+    columns = ((0, 'left', 'faces', '{label}'), (255, 'right', 'images seen', '{images:,}'),
+               (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'detected', '{detected:.3f}'),
+               (515, 'right', 'frechet', '{frechet:.1f}'), (595, 'right', 'nearest', '{nearest:.3f}'))
+    figure, axes = new_figure(12.5, 0.72 * len(rows) + 0.9)
+    draw_pixels(axes, np.concatenate([np.full((len(strips), 610, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, fontsize=9, weight='bold')
         for index, record in enumerate(rows):
