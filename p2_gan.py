@@ -4,7 +4,8 @@ Three methods with one generator: DCGAN (Radford et al. 2016, arXiv 1511.06434) 
 loss, SNGAN (Miyato et al. 2018, arXiv 1802.05957) with the hinge loss, and WGAN-GP (Gulrajani et al.
 2017, arXiv 1704.00028).  Differences from the papers: all three show the discriminator augmented
 images (Zhao et al. 2020, arXiv 2006.10738), and keep an average of the generator over the training
-steps (EMA); one batch of drawn faces serves both updates of a step.
+steps (EMA); one batch of drawn faces serves both updates of a step; the augmentation has a quarter of
+its paper's strength, since at full strength so small a discriminator learns too slowly.
 
     bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
     python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -50,7 +51,7 @@ DEFAULTS = dict(
     batch_size=32,           # images: on one CPU the number of updates limits it
     seed=0,
     method='dcgan',
-    augment=1.0)             # strength of what the discriminator's images go through; 0: nothing
+    augment=0.25)            # strength of what the discriminator's images go through; 0: nothing
 METHODS = dict(              # the generator learns at every generator_every-th step
     dcgan=dict(norm='batch', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
     sngan=dict(norm='spectral', learning_rates=(2e-4, 4e-4), betas=(0.5, 0.999), generator_every=1),

@@ -243,9 +243,11 @@ def samples(args):
                 record.update(sha256=file_sum(ckpt), images=settings['steps'] * settings['batch_size'],
                               chosen_step=checkpoint['step'], label='VAE of problem 1')
                 if problem == 'p2':
+                    strength = settings['augment']
                     record['label'] = settings['method'] + (
-                        '' if settings['augment'] else ', not augmented') + (
-                        ', shipped' if name == 'p2_gan' else '')
+                        ', not augmented' if strength == 0 else
+                        '' if strength == p2_gan.DEFAULTS['augment'] else f', augmented by {strength:g}'
+                        ) + (', shipped' if name == 'p2_gan' else '')
             line = subprocess.check_output([args.python, args.scorer, drawn,
                                             os.path.join(real, 'test')]).decode().strip()
             numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
