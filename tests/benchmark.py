@@ -113,17 +113,17 @@ def plain_gan():
     average = copy.deepcopy(generator)
     optimizers = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
                   for net in (generator, discriminator)]
-    rng = torch.Generator().manual_seed(0)
+    rng, strength = torch.Generator().manual_seed(0), p2_gan.DEFAULTS['augment']
 
     def step(x):
         fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim'])).detach()
-        loss = p2_gan.discriminator_loss('dcgan', discriminator(p2_gan.augment(2 * x - 1, 1.0, rng)),
-                                         discriminator(p2_gan.augment(fake, 1.0, rng)))
+        loss = p2_gan.discriminator_loss('dcgan', discriminator(p2_gan.augment(2 * x - 1, strength, rng)),
+                                         discriminator(p2_gan.augment(fake, strength, rng)))
         optimizers[1].zero_grad()
         loss.backward()
         optimizers[1].step()
         fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim']))
-        loss = p2_gan.generator_loss('dcgan', discriminator(p2_gan.augment(fake, 1.0, rng)))
+        loss = p2_gan.generator_loss('dcgan', discriminator(p2_gan.augment(fake, strength, rng)))
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
