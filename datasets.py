@@ -54,7 +54,8 @@ def list_images(folder):
 def read_image(path, size):
     """Read one image of any mode as (size, size, 3) uint8; another size is resized bicubically.
 
-    size None keeps the image's own.  Transparent pixels are laid over black.  Raises UserError with the name if it cannot be decoded.
+    size None keeps the image's own.  Transparent pixels are laid over black.  Raises UserError with the
+    name if it cannot be decoded.
     """
     try:
         with Image.open(path) as image:

@@ -107,7 +107,8 @@ class VAE(nn.Module):
 def gan_weights(module):
     """Draw the first weights from N(0, 0.02), those of a batch norm from N(1, 0.02).
 
-    Source: Radford et al. 2016 (DCGAN, arXiv 1511.06434), section 4.
+    Source: Radford et al. 2016 (DCGAN, arXiv 1511.06434), section 4; for the batch norm PyTorch's DCGAN
+    example.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -263,14 +264,15 @@ def decode_noise(decoder, count, dimensions, seed, device):
     adds up, and with it the last bit, may change with the batch size and the number of threads.
     """
     noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)
-    threads = torch.get_num_threads()
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.deterministic, getattr(cudnn, 'allow_tf32', False)
     torch.set_num_threads(1)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn.deterministic, cudnn.allow_tf32 = True, False
     try:
         images = run_batches(decoder, device, torch.from_numpy(noise), batch_size=1)
     finally:
         torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.allow_tf32 = before
     return to_uint8(images)
 
 
@@ -308,7 +310,7 @@ def load_checkpoint(path, problem):
     Raises UserError if path is missing, torn, no checkpoint or one of another problem.
     """
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}: train one with --train, '
+        raise UserError(f'there is no checkpoint {path}: train one with {problem.split()[0]}.py --train, '
                         f'or let hw3_{problem[:2]}.sh fetch it')
     # torch 1.4 would hand weights_only on to pickle
     safe = {'weights_only': True} if 'weights_only' in signature(torch.load).parameters else {}
@@ -343,9 +345,11 @@ def resume_run(path, problem, resume, given, defaults, may_grow=None):
     if resume and state is None:
         print(f'{path} does not exist yet: starting a new run', flush=True)
     if state is not None and not resume:
-        if state['step'] < state['settings']['steps']:
-            raise UserError(f'{path} holds a run stopped at step {state["step"]} of '
-                            f'{state["settings"]["steps"]}: add --resume, or delete it to start anew')
+        ended = state['step'] >= state['settings']['steps']
+        if not ended or (given.get(may_grow) or 0) > state['settings']['steps']:
+            raise UserError(f'{path} holds a run {"that ended" if ended else "stopped"} at step '
+                            f'{state["step"]} of {state["settings"]["steps"]}: add --resume to go on with '
+                            'it, or delete it to start anew')
         state = None
     settings = dict(defaults if state is None else state['settings'])
     for name, value in given.items():
@@ -411,7 +415,8 @@ class RunLog(object):
 def read_log(path, last_step=float('inf')):
     """Return the records (dicts) of a JSON-lines log up to last_step; a torn line ends it."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no log {path}: it is written beside the checkpoint by --train')
+        raise UserError(f'there is no log {path}: --train writes it beside its checkpoint, and '
+                        'tests/benchmark.py those of the measurements')
     records = []
     with open(path) as file:
         for line in file:

@@ -2,10 +2,10 @@
 
 Three methods with one generator: DCGAN (Radford et al. 2016, arXiv 1511.06434) with the non-saturating
 loss, SNGAN (Miyato et al. 2018, arXiv 1802.05957) with the hinge loss, and WGAN-GP (Gulrajani et al.
-2017, arXiv 1704.00028).  Differences from the papers: all three show the discriminator augmented
-images (Zhao et al. 2020, arXiv 2006.10738), and keep an average of the generator over the training
-steps (EMA); one batch of drawn faces serves both updates of a step; the augmentation has a quarter of
-its paper's strength, since at full strength so small a discriminator learns too slowly.
+2017, arXiv 1704.00028).  Differences from the papers: all three have DCGAN's nets, show the
+discriminator augmented images (Zhao et al. 2020, arXiv 2006.10738, at a quarter of its strength), and
+keep an average of the generator over its updates (EMA); one batch of drawn faces serves both updates of
+a step; learning rates as in METHODS.
 
     bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
     python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -14,7 +14,7 @@ its paper's strength, since at full strength so small a discriminator learns too
 
 Rule of choice: of the averages saved during the run, the one with the least Frechet distance to 500
 held-out training faces, between the means that problem 1's encoder gives them.  The test faces are
-measured once, from the file that was chosen.
+measured at the end of --train, from the file that was chosen.
 """
 import argparse
 import copy
@@ -32,8 +32,8 @@ import p1_vae
 from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_pixels, draw_text,
                       make_grid, new_figure, random_flip, read_image, run_command, save_figure,
                       save_picture, save_single, split_held_out, to_float)
-from models import (Discriminator, Generator, RunLog, autocast, decode_noise, file_sum,
-                    for_training, load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
+from models import (Discriminator, Generator, RunLog, autocast, decode_noise, file_sum, for_training,
+                    load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
                     resume_run, run_batches, save_checkpoint, to_uint8, update_average, write_log,
                     write_sum)
 
@@ -48,7 +48,7 @@ DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
 # training
 DEFAULTS = dict(
     steps=32000,             # of one batch each; --resume with more --steps goes on
-    batch_size=32,           # images: on one CPU the number of updates limits it
+    batch_size=32,           # images; twice the updates of 64 for the same time
     seed=0,
     method='dcgan',
     augment=0.25)            # strength of what the discriminator's images go through; 0: nothing
@@ -57,7 +57,7 @@ METHODS = dict(              # the generator learns at every generator_every-th 
     sngan=dict(norm='spectral', learning_rates=(2e-4, 4e-4), betas=(0.5, 0.999), generator_every=1),
     wgan_gp=dict(norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5))
 PENALTY = 10                 # weight of WGAN-GP's gradient penalty
-AVERAGE_DECAY = 0.999        # of the average of the generator, per step
+AVERAGE_DECAY = 0.999        # of the average of the generator, per update
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
 SCORED = 1000                # drawn faces in a held-out score
@@ -185,16 +185,21 @@ def train(args):
     torch.manual_seed(settings['seed'])                                    # the first weights
     rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
     # data
+    judge, judge_sum = p1_vae.load_vae(JUDGE, device)[0], file_sum(JUDGE)
+    if state is not None and state.get('judge', judge_sum) != judge_sum:
+        raise UserError(f'{JUDGE} is no longer the file that scored this run: restore that one with '
+                        f'git, or delete {base}_last.pth to start anew')
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
-    judge = p1_vae.load_vae(JUDGE, device)[0]
     if min(len(held_out), len(test.names)) < 2:
         raise UserError('the score needs two held-out and two test faces: add images until there are '
                         '20 training faces and 2 test faces or more')
     # nets
     config = NET if state is None else state['config']
+    critic = dict(channels=DISCRIMINATOR_CHANNELS, norm=METHODS[method]['norm'])
+    critic = critic if state is None else state.get('discriminator_config', critic)
     generator = for_training(Generator(**config), device)
-    discriminator = for_training(Discriminator(DISCRIMINATOR_CHANNELS, METHODS[method]['norm']), device)
+    discriminator = for_training(Discriminator(**critic), device)
     average = copy.deepcopy(generator).eval()
     # optimizers
     generator_optimizer, discriminator_optimizer = [
@@ -213,25 +218,31 @@ def train(args):
         rng.set_state(state['rng'])
     precision = pick_precision(device) if state is None else state['precision']
     command = args.command if state is None else state['command']
-    if state is not None and steps > state['settings']['steps']:
+    grows = state is not None and steps > state['settings']['steps']
+    if grows and step % SAVE_EVERY:
+        raise UserError(f'{base}_last.pth ended at step {step}, between two saves: only a run whose '
+                        f'--steps are a multiple of {SAVE_EVERY} can be trained on')
+    if grows:
         command += '; ' + args.command
+    if step >= steps:
+        print(f'the run has ended at step {step}: more --steps train it on', flush=True)
     if state is None and os.path.exists(base + '_last.pth'):
         os.remove(base + '_last.pth')      # of a finished run: it must not be resumed on a new log
     log = RunLog(base + '_last.jsonl', step)
     if state is None:
         log.add('run', command=command, settings=settings, training_images=len(training),
-                held_out=len(held_out), device=device.type, precision=precision,
+                held_out=len(held_out), device=device.type, precision=precision, judge=judge_sum,
                 threads=torch.get_num_threads(), torch=torch.__version__,
                 parameters=sum(parameter.numel() for net in (generator, discriminator)
                                for parameter in net.parameters()))
         progress.append((0, draw_faces(average, COLUMNS, 0, device)))
+    elif grows:
+        log.add('grown', step=step, steps=steps, command=args.command)
     start = time.time() - seconds
     sums, counts = {}, {}                  # of the scalars since the last record
     # loop
     for step in range(step + 1, steps + 1):
-        logs, trains_generator = step % LOG_EVERY == 0 or step == steps, (
-            step % METHODS[method]['generator_every'] == 0)
-        scalars = {}
+        trains_generator, scalars = step % METHODS[method]['generator_every'] == 0, {}
         # batch
         rows = torch.randint(len(training), (batch_size,), generator=rng)
         x = on_device(random_flip(2 * to_float(training[rows]) - 1, rng), device)
@@ -269,7 +280,7 @@ def train(args):
         # log: means since the last record
         for name, value in scalars.items():
             sums[name], counts[name] = sums.get(name, 0) + value, counts.get(name, 0) + 1
-        if logs:
+        if step % LOG_EVERY == 0 or step == steps:
             means = {name: float(total) / counts[name] for name, total in sums.items()}
             if not all(math.isfinite(value) for value in means.values()):
                 raise UserError(f'a loss or gradient is not finite at step {step}: the last good save, '
@@ -298,8 +309,9 @@ def train(args):
                 progress.append((step, draw_faces(average, COLUMNS, 0, device)))
             save_checkpoint(base + '_last.pth', dict(
                 problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
-                progress=progress, config=config, settings=settings, precision=precision,
-                command=command, generator=generator.state_dict(), average=average.state_dict(),
+                progress=progress, config=config, discriminator_config=critic, settings=settings,
+                precision=precision, judge=judge_sum, command=command,
+                generator=generator.state_dict(), average=average.state_dict(),
                 discriminator=discriminator.state_dict(),
                 generator_optimizer=generator_optimizer.state_dict(),
                 discriminator_optimizer=discriminator_optimizer.state_dict(), rng=rng.get_state()))
@@ -314,7 +326,8 @@ def train(args):
     write_log(base + '.jsonl', read_log(log.path))
     save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
                                     net=chosen['net'], settings=settings, metrics=metrics,
-                                    command=command, progress=state['progress']))
+                                    command=command, progress=state['progress'],
+                                    discriminator_config=critic))
     write_sum(args.ckpt)
     print('{}: step {}, Frechet distance to the test faces in latent means {frechet:.2f}'.format(
         args.ckpt, chosen['step'], **metrics))
@@ -363,10 +376,11 @@ def plot(args):
     generator, checkpoint = load_generator(args.ckpt, device)
     judge = p1_vae.load_vae(JUDGE, device)[0]
     log, scores = read_log(os.path.splitext(args.ckpt)[0] + '.jsonl'), read_log(SAMPLES)
+    if not scores:
+        raise UserError(f'{SAMPLES} is empty: restore it with git, or run tests/benchmark.py samples')
     training = FaceImages(args.data_dir, 'train').images
     images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
-    discriminator = Discriminator(DISCRIMINATOR_CHANNELS,
-                                  METHODS[checkpoint['settings']['method']]['norm'])
+    discriminator = Discriminator(**checkpoint['discriminator_config'])
     draw_text(os.path.join(args.out, 'fig2_1.png'), 'Problem 2: print(model)',
               [f'(generator): {generator}', f'(discriminator): {discriminator}'])
     save_picture(os.path.join(args.out, 'fig2_2.png'), make_grid(images, COLUMNS))
@@ -383,8 +397,11 @@ def plot_learning_curves(path, log):
     """fig2_3: losses, outputs of the discriminator and held-out score over the images seen."""
     settings = log[0]['settings']
     figure, axes = new_figure(13, 3.8, columns=3)
-    curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
-              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces, mean of ten batches'),
+    penalty = ', with penalty' if settings['method'] == 'wgan_gp' else ''
+    curves = ((0, 'train', (('discriminator_loss', 'discriminator' + penalty),
+                            ('generator_loss', 'generator'))),
+              (1, 'train', (('real', 'training faces'),
+                            ('held_out', 'held-out faces, mean of ten batches'),
                             ('fake', 'drawn faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
     for index, kind, lines in curves:
@@ -482,18 +499,17 @@ def plot_walks(path, generator, device):
 
 def plot_methods(path, scores):
     """table2: every run that was scored, with eight faces that it draws."""
-    rows = [record for record in scores if record.get('picture')]
     strips = np.concatenate([read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']),
-                                        None)[:-2] for record in rows])
+                                        None)[:-2] for record in scores])
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (255, 'right', 'images seen', '{images:,}'),
                (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'detected', '{detected:.3f}'),
                (515, 'right', 'frechet', '{frechet:.1f}'), (595, 'right', 'nearest', '{nearest:.3f}'))
-    figure, axes = new_figure(12.5, 0.72 * len(rows) + 0.9)
+    figure, axes = new_figure(12.5, 0.72 * len(scores) + 0.9)
     draw_pixels(axes, np.concatenate([np.full((len(strips), 610, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, fontsize=9, weight='bold')
-        for index, record in enumerate(rows):
+        for index, record in enumerate(scores):
             axes.text(x, 35 + 66 * index, form.format(**record), ha=side, va='center', fontsize=9)
     axes.set_title('1,000 drawn faces of each against the 1,000 test faces', fontsize=11, pad=22)
     save_figure(path, figure)

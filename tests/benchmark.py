@@ -26,7 +26,7 @@ sys.path.insert(0, ROOT)
 import p1_vae                                                                       # noqa: E402
 import p2_gan                                                                       # noqa: E402
 from datasets import (FaceImages, list_images, make_grid, read_images, save_picture,     # noqa: E402
-                      split_held_out, to_float)
+                      save_single, split_held_out, to_float)
 from models import VAE, Discriminator, Generator, file_sum, load_checkpoint, write_log    # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
@@ -220,29 +220,34 @@ def samples(args):
     """Draw 1,000 faces from checkpoints and have the scorer compare them with the test faces.
 
     The scorer (a script of its own, with dlib) prints: n 1000  detected D  frechet F  nearest N.
-    'real' are training faces.  own is p2_gan.py's distance to the held-out faces.  What was not named
-    keeps its record; eight faces of each lie beside it for table2.
+    Two more numbers are taken in the latent means of problem 1's VAE: own, the Frechet distance to the
+    held-out faces by which p2_gan.py chooses, and copied, the mean distance to the nearest training
+    face or its mirror image (for 'real', which are training faces, from the held-out faces).  A name
+    that was not given keeps its record; eight faces of each lie beside it for table2.
     """
     path = os.path.join(CHECKPOINTS, 'samples.jsonl')
     cpu, real = torch.device('cpu'), os.path.join(args.data_dir, 'face')
     judge = p1_vae.load_vae(p2_gan.JUDGE, cpu)[0]
-    training = FaceImages(args.data_dir, 'train').images
-    held_out = p2_gan.latent_means(judge, training[split_held_out(len(training))[1]], cpu)
+    faces = FaceImages(args.data_dir, 'train').images
+    rows, held_out = split_held_out(len(faces))
+    training = p2_gan.latent_means(judge, torch.cat([faces[rows], faces[rows].flip(3)]), cpu)
+    held_out = p2_gan.latent_means(judge, faces[held_out], cpu)
     for name in args.names or ['p1_vae', 'p2_gan', 'real']:
         record = dict(kind='samples', what=name, label='training faces', images=0)
         with tempfile.TemporaryDirectory() as folder:
-            drawn = os.path.join(real, 'train')
-            if name != 'real':
-                drawn, ckpt = os.path.join(folder, 'faces'), os.path.join(CHECKPOINTS, name + '.pth')
-                problem = name[:2]
-                module = {'p1': p1_vae, 'p2': p2_gan}[problem]
+            drawn = os.path.join(folder, 'faces')
+            if name == 'real':
+                save_single(drawn, faces[rows[:1000]])
+            else:
+                ckpt = os.path.join(CHECKPOINTS, name + '.pth')
+                module = {'p1': p1_vae, 'p2': p2_gan}[name[:2]]
                 subprocess.check_call([sys.executable, module.__file__, '--ckpt', ckpt, '--out', drawn,
                                        '--n', '1000'])
                 checkpoint = load_checkpoint(ckpt, module.PROBLEM)
                 settings = checkpoint['settings']
                 record.update(sha256=file_sum(ckpt), images=settings['steps'] * settings['batch_size'],
                               chosen_step=checkpoint['step'], label='VAE of problem 1')
-                if problem == 'p2':
+                if module is p2_gan:
                     strength = settings['augment']
                     record['label'] = settings['method'] + (
                         ', not augmented' if strength == 0 else
@@ -250,17 +255,20 @@ def samples(args):
                         ) + (', shipped' if name == 'p2_gan' else '')
             line = subprocess.check_output([args.python, args.scorer, drawn,
                                             os.path.join(real, 'test')]).decode().strip()
-            numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
-                                   line).groups()
-            images = read_images(drawn, list_images(drawn)[:1000], 64)
+            images = read_images(drawn, list_images(drawn), 64)
+        numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
+                               line).groups()
+        means = p2_gan.latent_means(judge, images, cpu)
         record.update(zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
-                      own=p2_gan.frechet_distance(p2_gan.latent_means(judge, images, cpu), held_out),
+                      own=p2_gan.frechet_distance(means, held_out),
+                      copied=torch.cdist(held_out if name == 'real' else means,
+                                         training).min(1)[0].mean().item(),
                       picture='samples/{}_{}.png'.format(name.replace('/', '_'), record['images']))
         save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
-        print(f'{name}: {line}, own {record["own"]:.2f}', flush=True)
+        print(f'{name}: {line}, own {record["own"]:.2f}, copied {record["copied"]:.2f}', flush=True)
         with open(path) as file:               # again: another scoring may have run beside this one
-            records = [old for old in map(json.loads, file)
-                       if (old['what'], old['images']) != (name, record['images'])]
+            records = [old for old in map(json.loads, file) if old['what'] != name
+                       or '/' in name and old['images'] != record['images']]
         write_log(path, sorted(records + [record], key=lambda one: (one['what'], one['images'])))
 
 

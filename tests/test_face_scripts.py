@@ -178,12 +178,18 @@ def test_bad_checkpoints(script, tmp_path, arguments, words):
     assert not (tmp_path / 'x.png').exists()
 
 
+WRONG = dict(
+    p1=[['--train', '--lambda_kl', 'nan'], ['--train', '--lambda_kl', '-1']],
+    p2=[['--train', '--method', 'vae'], ['--train', '--augment', '2'], ['--train', '--augment', '-1'],
+        ['--train', '--augment', 'nan']])
+
+
 @pytest.mark.parametrize('arguments', [[], ['--train', '--plot'], ['--out', 'x.png', '--n', '0'],
                                        ['--out', 'x.png', '--seed', '-1'], ['--nonsense'],
-                                       ['--out', 'x.png', '--device', 'tpu'], ['--train', '--lambda_kl', 'nan'],
-                                       ['--train', '--lambda_kl', '-1'],
-                                       ['--train', '--method', 'none'], ['--train', '--augment', '2']])
+                                       ['--out', 'x.png', '--device', 'tpu'], 'own'])
 def test_wrong_flags(script, tmp_path, arguments):
-    result = run(['python3', script.program] + arguments, cwd=tmp_path)
-    assert_one_line(result, script.problem + '.py: error:', code=2)
-    assert os.listdir(str(tmp_path)) == []
+    for flags in WRONG[script.problem[:2]] if arguments == 'own' else [arguments]:
+        result = run(['python3', script.program] + flags, cwd=tmp_path)
+        assert_one_line(result, script.problem + '.py: error:', code=2)
+        assert arguments != 'own' or flags[1] in result.stderr
+        assert os.listdir(str(tmp_path)) == []

@@ -11,10 +11,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, run
+from PIL import Image
 
 import p1_vae
 import p2_gan
-from models import load_checkpoint
+from models import load_checkpoint, save_checkpoint
 
 # the real programs with small nets that log and save often
 QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; program.LOG_EVERY = 1; '
@@ -207,9 +208,9 @@ def test_resume_needs_no_run_and_finishes_a_finished_one(trainer, data_dir, tmp_
     assert len(records(ckpt, 'test')) == 1
 
 
-def test_new_run_over_a_finished_one_is_never_taken_for_it(trainer, data_dir, tmp_path):
+def test_new_run_over_a_finished_one_is_never_taken_for_it(data_dir, tmp_path):
     """Killed before its first save, it has nothing to resume: not the finished run's state either."""
-    ckpt = tmp_path / 'run.pth'
+    trainer, ckpt = Trainer('p1_vae'), tmp_path / 'run.pth'
     assert trainer.train(data_dir, ckpt, '--steps', '2').returncode == 0
     trainer.kill_when(lambda: len(records(ckpt, 'train', '_last.jsonl')) >= 4,
               (data_dir, ckpt, '--steps', '2000'), every=2000)
@@ -255,7 +256,8 @@ def test_methods_of_the_gan(data_dir, tmp_path, method):
     result = trainer.train(data_dir, two, '--resume', '--steps', '11')
     assert result.returncode == 0, result.stderr
     assert same(trainer.weights(one), trainer.weights(two))
-    assert records(one, 'train') == records(two, 'train')
+    for kind in ('train', 'held_out', 'test'):
+        assert records(one, kind) == records(two, kind)
     assert '--steps 5' in load_checkpoint(str(two), 'p2_gan')['command']
     assert load_checkpoint(str(two), 'p2_gan')['command'].endswith('--resume --steps 11')
     every = {'real', 'fake', 'held_out', 'discriminator_loss', 'discriminator_gradient'}
@@ -269,6 +271,50 @@ def test_methods_of_the_gan(data_dir, tmp_path, method):
     assert [step for step, _ in load_checkpoint(str(one), 'p2_gan')['progress']] == [0, 5, 10]
     assert all(images.shape == (8, 3, 64, 64)
                for _, images in load_checkpoint(str(one), 'p2_gan')['progress'])
+
+
+def test_gan_is_trained_on_from_a_save_alone(data_dir, tmp_path):
+    """A run that ended between two saves would go on otherwise than one that was not stopped."""
+    trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
+    assert trainer.train(data_dir, ckpt, '--steps', '4').returncode == 0
+    assert_one_line(trainer.train(data_dir, ckpt, '--steps', '10'), 'ended at step 4', 'add --resume')
+    assert_one_line(trainer.train(data_dir, ckpt, '--resume', '--steps', '10'), 'a multiple of 5')
+    assert 'has ended at step 4' in trainer.train(data_dir, ckpt, '--resume').stdout
+
+
+def test_gan_keeps_its_judge(own_data_dir, copy_of_project, tmp_path):
+    """A held-out score of another VAE cannot be compared with the scores before."""
+    trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
+    command = trainer.command(own_data_dir, ckpt, '--steps', '5')
+    command[2] = command[2].replace(ROOT, str(copy_of_project))
+    assert run(command).returncode == 0
+    judge = copy_of_project / 'checkpoints' / 'p1_vae.pth'
+    checkpoint = load_checkpoint(str(judge), 'p1_vae')
+    save_checkpoint(str(judge), dict(checkpoint, step=1))
+    command[-1:] = ['10', '--resume']
+    assert_one_line(run(command), 'p1_vae.pth is no longer the file')
+    judge.unlink()
+    assert_one_line(run(command), 'p1_vae.pth', 'p1_vae.py --train')
+
+
+def test_log_of_the_gan_has_means_over_its_steps(own_data_dir, tmp_path):
+    """Of one flat image, whose score does not change while the nets do not learn."""
+    folder = os.path.join(own_data_dir, 'face', 'train')
+    for name in os.listdir(folder):
+        Image.new('RGB', (64, 64), (90, 120, 200)).save(os.path.join(folder, name))
+    scores = []
+    for log_every in (1, 5):
+        trainer, ckpt = Trainer('p2_gan'), tmp_path / f'{log_every}.pth'
+        command = trainer.command(own_data_dir, ckpt, '--steps', '5', '--method', 'wgan_gp',
+                                  '--augment', '0')
+        command[2] = command[2].replace(
+            'program.main()', f'program.LOG_EVERY = {log_every}; '
+            'program.METHODS["wgan_gp"]["learning_rates"] = (0.0, 0.0); program.main()')
+        result = run(command)
+        assert result.returncode == 0, result.stderr
+        scores.append([record['real'] for record in records(ckpt, 'train')])
+    assert len(scores[0]) == 5 and len(scores[1]) == 1 and abs(scores[0][0]) > 1e-5
+    assert scores[1][0] == pytest.approx(sum(scores[0]) / 5, rel=1e-4)
 
 
 def test_augmentation_of_the_gan_can_be_turned_off(data_dir, tmp_path):
