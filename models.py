@@ -326,13 +326,13 @@ def load_checkpoint(path, problem):
     return checkpoint
 
 
-def resume_run(path, problem, resume, given, defaults, may_grow=None):
+def resume_run(path, problem, resume, given, defaults, open_end=None):
     """Return (settings, state) of a run whose training state is, or will be, saved at path.
 
     given holds the settings of the command line, None where the user left one out; a saved run
     supplies these, or defaults does.  state is None for a new run.  Raises UserError where a flag
-    contradicts the saved run, or a new run would overwrite an unfinished one.  The setting named
-    may_grow can be raised when a run is resumed.
+    contradicts the saved run, or a new run would overwrite an unfinished one.  open_end names the setting
+    that says when a run ends, if a resumed run may have another one, not before its saved step.
     """
     folder, name = os.path.split(os.path.abspath(path))
     stem = name[:-len('_last.pth')]
@@ -346,7 +346,7 @@ def resume_run(path, problem, resume, given, defaults, may_grow=None):
         print(f'{path} does not exist yet: starting a new run', flush=True)
     if state is not None and not resume:
         ended = state['step'] >= state['settings']['steps']
-        if not ended or (given.get(may_grow) or 0) > state['settings']['steps']:
+        if not ended or (given.get(open_end) or 0) > state['settings']['steps']:
             raise UserError(f'{path} holds a run {"that ended" if ended else "stopped"} at step '
                             f'{state["step"]} of {state["settings"]["steps"]}: add --resume to go on with '
                             'it, or delete it to start anew')
@@ -354,7 +354,7 @@ def resume_run(path, problem, resume, given, defaults, may_grow=None):
     settings = dict(defaults if state is None else state['settings'])
     for name, value in given.items():
         if (value is not None and state is not None and value != settings[name]
-                and not (name == may_grow and value > settings[name])):
+                and not (name == open_end and value >= state['step'])):
             raise UserError(f'{path} was started with --{name} {settings[name]}: resume without '
                             f'--{name}, or delete it to start anew')
         if value is not None:

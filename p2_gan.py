@@ -47,7 +47,7 @@ DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
 
 # training
 DEFAULTS = dict(
-    steps=32000,             # of one batch each; --resume with more --steps goes on
+    steps=32000,             # of one batch each; --resume with other --steps ends there
     batch_size=32,           # images; twice the updates of 64 for the same time
     seed=0,
     method='dcgan',
@@ -179,7 +179,7 @@ def train(args):
     base = os.path.splitext(args.ckpt)[0]
     device = pick_device(args.device)
     settings, state = resume_run(
-        base + '_last.pth', STATE, args.resume, may_grow='steps',
+        base + '_last.pth', STATE, args.resume, open_end='steps',
         given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
     steps, batch_size, method = settings['steps'], settings['batch_size'], settings['method']
     torch.manual_seed(settings['seed'])                                    # the first weights
@@ -218,11 +218,11 @@ def train(args):
         rng.set_state(state['rng'])
     precision = pick_precision(device) if state is None else state['precision']
     command = args.command if state is None else state['command']
-    grows = state is not None and steps > state['settings']['steps']
-    if grows and step % SAVE_EVERY:
+    if step < steps and step % SAVE_EVERY:
         raise UserError(f'{base}_last.pth ended at step {step}, between two saves: only a run whose '
                         f'--steps are a multiple of {SAVE_EVERY} can be trained on')
-    if grows:
+    other_end = state is not None and steps != state['settings']['steps']
+    if other_end:
         command += '; ' + args.command
     if step >= steps:
         print(f'the run has ended at step {step}: more --steps train it on', flush=True)
@@ -236,8 +236,8 @@ def train(args):
                 parameters=sum(parameter.numel() for net in (generator, discriminator)
                                for parameter in net.parameters()))
         progress.append((0, draw_faces(average, COLUMNS, 0, device)))
-    elif grows:
-        log.add('grown', step=step, steps=steps, command=args.command)
+    elif other_end:
+        log.add('other_end', step=step, steps=steps, command=args.command)
     start = time.time() - seconds
     sums, counts = {}, {}                  # of the scalars since the last record
     # loop
@@ -528,7 +528,7 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', default=os.path.join(HERE, 'checkpoints', PROBLEM + '.pth'),
                         help='checkpoint to read, or to write with --train')
     parser.add_argument('--resume', action='store_true',
-                        help='--train: go on with a stopped run, or with more --steps a finished one')
+                        help='--train: go on with a stopped run, with more --steps with a finished one')
     parser.add_argument('--steps', type=int, help=f'training steps ({DEFAULTS["steps"]})')
     parser.add_argument('--batch_size', type=int,
                         help=f'images in a training step ({DEFAULTS["batch_size"]})')

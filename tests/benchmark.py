@@ -164,8 +164,10 @@ def our_training(module, data_dir, steps, batch_size):
 
 def training(args):
     """Compare the two loops of each program on this machine, in turns, and print the ratio."""
-    records = []
+    path = os.path.join(CHECKPOINTS, 'benchmark_training.jsonl')
     for problem, module, make in (('p1', p1_vae, plain_vae), ('p2', p2_gan, plain_gan)):
+        if args.names and problem not in args.names:
+            continue
         batch_size = module.DEFAULTS['batch_size']
         plain, ours = [], []
         for _ in range(2):
@@ -177,8 +179,9 @@ def training(args):
                       threads=torch.get_num_threads(), torch=torch.__version__)
         print('{problem}: {ours:.0f} images/s in {precision}, plain loop {plain:.0f}, ratio {ratio:.2f}'
               .format(**record), flush=True)
-        records.append(record)
-    write_log(os.path.join(CHECKPOINTS, 'benchmark_training.jsonl'), records)
+        with open(path) as file:
+            others = [old for old in map(json.loads, file) if old['problem'] != problem]
+        write_log(path, sorted(others + [record], key=lambda one: one['problem']))
 
 
 def timed(command):
@@ -277,7 +280,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples'])
     parser.add_argument('--data_dir', default='hw3_data')
-    parser.add_argument('names', nargs='*', help='samples: checkpoints, as p2_gan, or real')
+    parser.add_argument('names', nargs='*', help='training: p1, p2; samples: checkpoints, as p2_gan, or real')
     parser.add_argument('--scorer', help='samples: the face scorer')
     parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
     args = parser.parse_args()

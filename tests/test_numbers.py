@@ -192,7 +192,7 @@ def methods():
 
 def method_commands():
     return [record['command'] for log in methods() for record in log
-            if record['kind'] in ('run', 'grown')]
+            if record['kind'] in ('run', 'other_end')]
 
 
 def sweep_commands():

@@ -282,6 +282,16 @@ def test_gan_is_trained_on_from_a_save_alone(data_dir, tmp_path):
     assert 'has ended at step 4' in trainer.train(data_dir, ckpt, '--resume').stdout
 
 
+def test_gan_can_be_ended_at_its_last_save(data_dir, tmp_path):
+    trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
+    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '5000'))
+    step = trainer.state(ckpt)['step']
+    result = trainer.train(data_dir, ckpt, '--resume', '--steps', str(step))
+    assert result.returncode == 0, result.stderr
+    assert records(ckpt, 'train')[-1]['step'] == records(ckpt, 'test')[0]['step'] == step
+    assert load_checkpoint(str(ckpt), 'p2_gan')['settings']['steps'] == step
+
+
 def test_gan_keeps_its_judge(own_data_dir, copy_of_project, tmp_path):
     """A held-out score of another VAE cannot be compared with the scores before."""
     trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
