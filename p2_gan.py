@@ -414,7 +414,7 @@ def plot_learning_curves(path, log):
                                 for end in range(1, len(points) + 1)]
             axes[index].plot(*points.T, color=colour, label=label, linewidth=0.8)
         axes[index].grid(True, alpha=0.25)
-        axes[index].legend()
+        axes[index].legend(fontsize=8)
         axes[index].set_xlabel('training images seen (thousands)')
     axes[0].set(title=f'Losses ({settings["method"]})', ylabel=f'mean over {LOG_EVERY} steps')
     axes[1].set(title='Output of the discriminator, before a sigmoid',
@@ -440,7 +440,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     Near means a small distance between the latent means of problem 1's VAE, over all training faces
     and their mirror images.
     """
-    figure, axes = new_figure(9, 9.2, rows=2)
+    figure, axes = new_figure(9.6, 9.2, rows=2)
     both = torch.cat([part for row in range(4) for part in (
         p1_vae.draw_faces(judge, FACES, 0, device)[4 * row:4 * row + 4], images[4 * row:4 * row + 4])])
     draw_pixels(axes[0], make_grid(both, 8))
@@ -510,7 +510,8 @@ def plot_methods(path, scores):
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, fontsize=9, weight='bold')
         for index, record in enumerate(scores):
-            axes.text(x, 35 + 66 * index, form.format(**record), ha=side, va='center', fontsize=9)
+            text = form.format(**record) if record['images'] or title != 'images seen' else ''
+            axes.text(x, 35 + 66 * index, text, ha=side, va='center', fontsize=9)
     axes.set_title('1,000 drawn faces of each against the 1,000 test faces', fontsize=11, pad=22)
     save_figure(path, figure)
 
