@@ -10,9 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 FACE_SIZE = 64             # pixels, height and width of a face
+DIGIT_SIZE = 28            # pixels, height and width of a digit
+SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}     # the assignment's scenarios
+# as figures and tables print them: the svhn folder of the kit is a drawn stand-in for that data set
+DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN stand-in', 'usps': 'USPS'}
 HELD_OUT = 500             # training faces kept apart to choose a checkpoint, never trained on
 HELD_OUT_SEED = 2020       # fixes which ones, whatever --seed is
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp')
@@ -42,8 +47,8 @@ def list_images(folder):
     Raises UserError if the folder does not exist, is no folder or holds no image.
     """
     if not os.path.isdir(folder):
-        raise UserError(f'there is no folder {folder}: lay the data out as README.md shows, '
-                        'or name its place with --data_dir')
+        raise UserError(f'there is no folder {folder}: name the right place, for training data with '
+                        '--data_dir and laid out as README.md shows')
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)
                    and not name.startswith('.') and os.path.isfile(os.path.join(folder, name)))
     if not names:
@@ -144,6 +149,47 @@ class FaceImages(object):
         return values.values > 0.5
 
 
+class DigitImages(object):
+    """The digits of one domain's split, read once into memory.
+
+    Attributes:
+        names   list of N file names, sorted
+        images  (N, 3, 28, 28) uint8 tensor; the three channels of a grey image are equal
+        labels  (N,) int64 tensor of 0 .. 9
+
+    Raises UserError for whatever is wrong with the folder, its CSV or one of its images.
+    """
+
+    def __init__(self, data_dir, domain, split):
+        folder = os.path.join(data_dir, 'digits', domain, split)
+        self.names = list_images(folder)
+        table = read_csv(folder + '.csv', self.names)
+        if 'label' not in table.columns:
+            raise UserError(f'{folder}.csv has no column label: replace it')
+        import pandas as pd
+        labels = pd.to_numeric(table['label'], errors='coerce')
+        wrong = ~labels.isin(range(10))
+        if wrong.any():
+            raise UserError(f'{folder}.csv has no digit 0 .. 9 for {labels.index[wrong][0]}: mend the row')
+        self.labels = torch.from_numpy(labels.values.astype(np.int64))
+        self.images = read_images(folder, self.names, DIGIT_SIZE)
+
+
+def read_ahead(folder, names, size, chunk=1024):
+    """Yield the named images of a folder in order, as (n, 3, size, size) uint8 tensors, n <= chunk.
+
+    While the caller works on one chunk the next is being read.
+    """
+    parts = [names[start:start + chunk] for start in range(0, len(names), chunk)]
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read_images, folder, parts[0], size)
+        for part in parts[1:] + [None]:
+            images = coming.result()
+            if part is not None:
+                coming = pool.submit(read_images, folder, part, size)
+            yield images
+
+
 def split_held_out(count):
     """Split range(count) into (training, held-out) index arrays, the same ones at every call.
 
@@ -166,6 +212,61 @@ def random_flip(images, rng):
     """Mirror each of (N, 3, H, W) images left to right with probability 1/2."""
     flip = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
     return torch.where(flip, images.flip(3), images)
+
+
+def augment_digits(images, strength, rng, backgrounds=None):
+    """Change the shape, background and colours of (N, 3, 28, 28) digits in [0, 1], each in its own way.
+
+    An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees,
+    sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; a smooth random
+    background is blended in, or that of backgrounds (N, 3, 28, 28), as MNIST-M was made (Ganin et al. 2016: the
+    absolute difference); colours are inverted in every second image and mixed by a random matrix; Gaussian noise is added.  0 changes
+    nothing; the result of another strength may leave [0, 1].
+    """
+    if strength == 0:
+        return images
+    count = len(images)
+    # what is added would drown a digit of low contrast
+    flat = images.flatten(1)
+    low, high = flat.min(1)[0].view(-1, 1, 1, 1), flat.max(1)[0].view(-1, 1, 1, 1)
+    images = (images - low) / (high - low).clamp(min=1 / 255)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=rng)
+
+    angle, shear = strength * uniform(-15, 15) * np.pi / 180, strength * uniform(-0.2, 0.2)
+    width, height = [(strength * uniform(-0.2, 0.2)).exp() for _ in range(2)]
+    right, down = [strength * uniform(-0.15, 0.15) for _ in range(2)]      # 1: half an image
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    theta = torch.stack([
+        torch.stack([width * cos, width * (shear * cos - sin), right], 1),
+        torch.stack([height * sin, height * (shear * sin + cos), down], 1)], 1)
+    x = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False),
+                      padding_mode='border', align_corners=False)
+    if backgrounds is None:
+        backgrounds = F.interpolate(torch.rand(count, 3, 6, 6, generator=rng), size=images.shape[2:],
+                                    mode='bicubic', align_corners=False)
+    x = (strength * uniform(-0.5, 1, 1, 1, 1).clamp(min=0) * backgrounds - x).abs()
+    x = torch.where(uniform(0, 1, 1, 1, 1) < 0.5 * strength, 1 - x, x)
+    mix = torch.eye(3) + strength * uniform(-0.4, 0.4, 3, 3)
+    x = torch.einsum('nij,njhw->nihw', mix, x)
+    return x + strength * uniform(0, 0.1, 1, 1, 1) * torch.randn(x.shape, generator=rng)
+
+
+def random_patches(images, rng):
+    """Enlarge a square of a quarter to a half of the side of each of (N, 3, H, W) images to all of it."""
+    count = len(images)
+    scale = 0.25 + 0.25 * torch.rand(count, 1, 1, generator=rng)
+    centre = (1 - scale) * (2 * torch.rand(count, 2, 1, generator=rng) - 1)
+    theta = torch.cat([scale * torch.eye(2), centre], 2)
+    return F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False),
+                         padding_mode='border', align_corners=False)
+
+
+def balanced_rows(labels, count, rng):
+    """Draw count row numbers, with replacement, such that every class of labels (N,) is as likely."""
+    weights = 1 / torch.bincount(labels).float()[labels]
+    return torch.multinomial(weights, count, replacement=True, generator=rng)
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -236,10 +337,24 @@ def save_single(folder, images):
     write_whole(folder, write)
 
 
+def write_predictions(path, names, labels):
+    """Write the assignment's CSV, image_name,label and a row for each name; whole or not at all."""
+    import csv
+
+    def write(temporary):
+        # surrogateescape: a file name whose bytes are no UTF-8 is written as it stands
+        with open(temporary, 'w', newline='', encoding='utf8', errors='surrogateescape') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(['image_name', 'label'])
+            writer.writerows((name, int(label)) for name, label in zip(names, labels))
+    write_whole(path, write)
+
+
 # ---------------------------------------------------------------------------------------- figures
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, with a shape for each
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000')
+# Okabe and Ito's palette, which colour-blind readers can tell apart, with a shape for each; the last three are added
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000',
+           '#882255', '#999999', '#666600')
 MARKERS = 'o^sDvP*'
 
 
@@ -294,11 +409,12 @@ def embed(features):
                 perplexity=min(30.0, (len(features) - 1) / 3)).fit_transform(features)
 
 
-def draw_points(axes, points, labels, names):
+def draw_points(axes, points, labels, names, markers=None):
     """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1."""
+    markers = markers or MARKERS
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=COLOURS[label], marker=MARKERS[label],
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=COLOURS[label], marker=markers[label],
                      alpha=0.75, linewidths=0, label=f'{name} ({len(chosen)})')
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
     axes.legend(markerscale=1.8)

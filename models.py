@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from datasets import UserError, write_whole
+from datasets import UserError, to_float, write_whole
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
@@ -170,6 +170,71 @@ class Discriminator(nn.Module):
         return self.layers(x).flatten()
 
 
+class GradientReversal(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by -strength (Ganin et al. 2016, eq. 17)."""
+
+    @staticmethod
+    def forward(ctx, x, strength):
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.strength * gradient, None
+
+
+class DigitEncoder(nn.Module):
+    """(N, 3, 28, 28) float of any range -> features (N, 9 channels[-1]).
+
+    With normalise each channel of each image is brought to mean 0 and variance 1 first, so that
+    neither brightness nor contrast can tell two domains apart (instance normalisation of the input:
+    Shu et al. 2018, arXiv 1802.08735).
+    """
+
+    def __init__(self, channels, normalise=True):
+        super(DigitEncoder, self).__init__()
+        self.normalise = normalise
+        layers, before = [], 3
+        for index, after in enumerate(channels):                               # 28, 14, 7 pixels
+            for _ in range(1 if index == 0 else 2):
+                layers += [nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+                           nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
+                before = after
+            layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(nn.functional.instance_norm(x) if self.normalise else x).flatten(1)
+
+
+class DigitNet(nn.Module):
+    """(N, 3, 28, 28) float of any range -> logits (N, 10); encoder and classifier of problems 3 and 4.
+
+    channels are those at 28, 14 and 7 pixels; features is the width of what the encoder gives.
+    """
+
+    def __init__(self, channels, dropout, normalise=True):
+        super(DigitNet, self).__init__()
+        self.features = 9 * channels[-1]
+        self.encoder = DigitEncoder(channels, normalise)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.features, 10))
+
+    def forward(self, x):
+        return self.classifier(self.encoder(x))
+
+
+class DomainDiscriminator(nn.Module):
+    """Features (N, features) -> logits (N,), high for the source domain."""
+
+    def __init__(self, features, hidden):
+        super(DomainDiscriminator, self).__init__()
+        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.LeakyReLU(0.2),
+                                    nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1))
+
+    def forward(self, features):
+        return self.layers(features).flatten()
+
+
 # ---------------------------------------------------------------------------------------- running
 
 def pick_device(name):
@@ -254,6 +319,29 @@ def run_batches(function, device, *inputs, batch_size=50):
     if torch.is_tensor(outputs[0]):
         return torch.cat([output.float().cpu() for output in outputs])
     return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*outputs))
+
+
+def renew_statistics(net, images, device):
+    """Give the batch norms of a net in eval() the statistics of (N, 3, H, W) uint8 images.
+
+    Source: Li et al. 2016 (AdaBN, arXiv 1603.04779).
+    """
+    norms = [module for module in net.to(device).modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None               # a plain mean over the batches
+        norm.train()
+    run_batches(lambda batch: net(to_float(batch)), device, images, batch_size=250)
+    net.eval()
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def predict(net, images, device, batch_size=250):
+    """Return the classes (N,) that a net in eval() gives to (N, 3, H, W) uint8 images."""
+    return run_batches(lambda batch: net(to_float(batch)).argmax(1), device, images,
+                       batch_size=batch_size).long()
 
 
 def decode_noise(decoder, count, dimensions, seed, device):

@@ -69,16 +69,44 @@ def write_faces(root, counts=(40, 12)):
     return str(root)
 
 
+def draw_digit(digit, domain, rng):
+    """A digit of PIL's own letters, 28x28: white on black and grey for usps, else in two colours."""
+    letter = Image.new('L', (6, 11))
+    ImageDraw.Draw(letter).text((0, 0), str(digit), fill=255)
+    letter = letter.resize((rng.randint(12, 16), rng.randint(20, 26)), Image.BICUBIC)
+    mask = Image.new('L', (28, 28))
+    mask.paste(letter, (rng.randint(5, 10), rng.randint(1, 3)))
+    if domain == 'usps':
+        return mask
+    colours = [tuple(int(value) for value in rng.randint(0, 256, 3)) for _ in range(2)]
+    return Image.composite(*[Image.new('RGB', (28, 28), colour) for colour in colours], mask=mask)
+
+
+def write_digits(root, counts=(40, 12)):
+    """Write root/digits/{mnistm,svhn,usps}/{train,test} and their CSV files, every digit in turn."""
+    rng = np.random.RandomState(2)
+    for domain in ('mnistm', 'svhn', 'usps'):
+        for split, count in zip(('train', 'test'), counts):
+            folder = os.path.join(str(root), 'digits', domain, split)
+            os.makedirs(folder)
+            names = [f'{index:05d}.png' for index in range(count)]
+            for index, name in enumerate(names):
+                draw_digit(index % 10, domain, rng).save(os.path.join(folder, name))
+            write_rows(folder + '.csv', ['image_name', 'label'],
+                       [[name, index % 10] for index, name in enumerate(names)])
+    return str(root)
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A data folder that tests only read."""
-    return write_faces(tmp_path_factory.mktemp('shared data'))
+    return write_digits(write_faces(tmp_path_factory.mktemp('shared data')))
 
 
 @pytest.fixture
 def own_data_dir(tmp_path):
     """A data folder that a test may spoil."""
-    return write_faces(tmp_path / 'data')
+    return write_digits(write_faces(tmp_path / 'data'))
 
 
 @pytest.fixture
@@ -90,6 +118,7 @@ def copy_of_project(tmp_path):
     for name in os.listdir(ROOT):
         if name.endswith(('.sh', '.py')):
             shutil.copy(os.path.join(ROOT, name), str(folder))
-    for name in ('p1_vae.pth', 'p2_gan.pth', 'SHA256SUMS', 'URL'):
-        shutil.copy(os.path.join(ROOT, 'checkpoints', name), str(folder / 'checkpoints'))
+    for name in os.listdir(os.path.join(ROOT, 'checkpoints')):
+        if name in ('SHA256SUMS', 'URL') or name.endswith('.pth') and not name.endswith('_last.pth'):
+            shutil.copy(os.path.join(ROOT, 'checkpoints', name), str(folder / 'checkpoints'))
     return folder

@@ -18,7 +18,9 @@ sys.path.insert(0, ROOT)
 
 import p1_vae                                                                       # noqa: E402
 import p2_gan                                                                       # noqa: E402
-from datasets import FaceImages                                                     # noqa: E402
+import p3_dann                                                                      # noqa: E402
+import p4_adda                                                                      # noqa: E402
+from datasets import DOMAIN_NAMES, SOURCE_OF, FaceImages                             # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 README = os.path.join(ROOT, 'README.md')
@@ -54,7 +56,7 @@ def linear_mean_mse(kl):
 
 def results():
     """The results part of README.md, written from the logs alone."""
-    return '\n'.join(vae_results() + gan_results() + script_results()) + '\n'
+    return '\n'.join(vae_results() + gan_results() + digit_results() + script_results()) + '\n'
 
 
 def vae_results():
@@ -161,15 +163,51 @@ def gan_results():
     return lines
 
 
+def accuracies(records, target, **wanted):
+    """Test accuracies in percent of the assignment's pair with this target, one for each seed."""
+    wanted.update(target=target, source=SOURCE_OF[target])
+    return [100 * record['accuracy'] for record in sorted(records, key=lambda record: record['seed'])
+            if all(record[name] == value for name, value in wanted.items())]
+
+
+def digit_results():
+    """Problems 3 and 4: one table, rows by method, columns by scenario."""
+    rows = [('lower bound: source only, not augmented', 'p3', dict(setting='source', augment=0.0)),
+            ('lower bound: source only', 'p3', dict(setting='source', augment=1.0)),
+            ('DANN, not augmented', 'p3', dict(setting='dann', augment=0.0)),
+            ('**DANN**', 'p3', dict(setting='dann', augment=1.0)),
+            ('plain ADDA', 'p4', dict(pieces='')),
+            ('**improved ADDA**', 'p4', dict(pieces=p4_adda.DEFAULTS['pieces'])),
+            ('upper bound: target only', 'p3', dict(setting='target', augment=1.0))]
+    logs = dict(p3=read('p3_results.jsonl'), p4=read('p4_results.jsonl'))
+    targets = sorted(SOURCE_OF)
+    lines = [
+        '',
+        'Problems 3 and 4: accuracy on the target\'s test images in percent, mean and standard deviation over the '
+        'seeds 0, 1 and 2. Shipped is seed 0, whatever it scores.',
+        '',
+        '| | ' + ' | '.join(f'{DOMAIN_NAMES[SOURCE_OF[target]]} to {DOMAIN_NAMES[target]}' for target in targets) + ' |',
+        '| --- | --- | --- | --- |']
+    for label, problem, wanted in rows:
+        cells = []
+        for target in targets:
+            values = accuracies(logs[problem], target, **wanted)
+            cells.append(f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}')
+        lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
 def script_results():
     lines = [
         '',
-        '| command | torch | wall time | importing torch | peak memory |',
-        '| --- | --- | --- | --- | --- |']
+        '| command | images | torch | wall time | importing torch | decoding | net | peak memory |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |']
     for record in sorted(read('benchmark_scripts.jsonl'),
                          key=lambda record: (record['script'], record['torch'])):
-        lines.append(f'| `bash {record["script"]}` | {record["torch"]} | {record["seconds"]:.1f} s '
-                     f'| {record["import_seconds"]:.1f} s | {record["megabytes"]:.0f} MB |')
+        least = [f'{record[name]:.1f} s' if name in record else '' for name in ('decode_seconds', 'net_seconds')]
+        lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
+                     f'| {record["seconds"]:.1f} s | {record["import_seconds"]:.1f} s | {least[0]} | {least[1]} '
+                     f'| {record["megabytes"]:.0f} MB |')
     return lines
 
 
@@ -260,6 +298,30 @@ def test_shipped_generator_measures_what_the_log_says():
     faces = FaceImages(os.environ['HW3_DATA'], 'test')
     found = p2_gan.measure(generator, judge, faces.images, CPU)
     assert found['frechet'] == pytest.approx(checkpoint['metrics']['frechet'], rel=1e-3)
+
+
+@needs_data
+@pytest.mark.parametrize('module', [p3_dann, p4_adda], ids=['p3', 'p4'])
+@pytest.mark.parametrize('target', sorted(SOURCE_OF))
+def test_shipped_digit_nets_measure_what_the_log_says(module, target):
+    net, checkpoint = module.load_net(os.path.join(CHECKPOINTS, f'{module.PROBLEM}_{target}.pth'), CPU)
+    digits = p3_dann.read_digits(os.environ['HW3_DATA'], target, 'test')
+    found = p3_dann.accuracy(net, digits, CPU)
+    assert found == pytest.approx(checkpoint['metrics']['accuracy'], abs=1e-3)
+    assert found == pytest.approx(one(read(f'{module.PROBLEM}_{target}.jsonl'), kind='test')['accuracy'], abs=1e-3)
+
+
+def test_results_of_the_digits_are_those_of_their_logs():
+    """Every run of the two tables, each with its log; shipped are seed 0 with every piece."""
+    for problem, count in (('p3', 45), ('p4', 18 + 3 * (len(p4_adda.PIECES) - 1))):
+        records = read(f'{problem}_results.jsonl')
+        assert len(records) == count
+        for record in records:
+            log = read(os.path.join(ROOT, record['log']))
+            assert one(log, kind='test')['accuracy'] == record['accuracy']
+            settings = one(log, kind='run')['settings']
+            assert {name: record[name] for name in settings} == settings
+        assert {record['steps'] for record in records} == {records[0]['steps']}
 
 
 def test_grader_versions_are_the_courses():

@@ -10,24 +10,33 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, run
+from conftest import ROOT, assert_one_line, run, write_rows
 from PIL import Image
 
 import p1_vae
 import p2_gan
+import p3_dann
+import p4_adda
 from models import load_checkpoint, save_checkpoint
 
 # the real programs with small nets that log and save often
 QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; program.LOG_EVERY = 1; '
          'program.SAVE_EVERY = {every}; '
          'program.pick_precision = lambda device: "fp32"; '    # else the clock may choose anew
-         'program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); {more}; program.main()')
-MORE = dict(p1_vae='program.LEARNING_RATE_WARM_UP = 5',
-            p2_gan='program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16')
-PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan)
-SCORES = dict(p1_vae='loss', p2_gan='frechet')              # by which a checkpoint is chosen
-DIVERGE = dict(p1_vae='program.LEARNING_RATE = 1e30',
-               p2_gan='program.METHODS["dcgan"]["learning_rates"] = (1e30, 2e-4)')
+         '{small}; program.main()')
+SMALL = dict(
+    p1_vae='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); program.LEARNING_RATE_WARM_UP = 5',
+    p2_gan='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); '
+           'program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16',
+    p3_dann='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 5',
+    p4_adda='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 2')
+PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan, p3_dann=p3_dann, p4_adda=p4_adda)
+DIGITS = ('p3_dann', 'p4_adda')
+FLAGS = {name: ['--target', 'mnistm'] for name in DIGITS}
+SCORES = dict(p1_vae='loss', p2_gan='frechet')     # by which a checkpoint is chosen; else the last one
+DIVERGE = dict(p2_gan='program.METHODS["dcgan"]["learning_rates"] = (1e30, 2e-4)')
+USE = {name: ['--out', 'pred.csv', '--images', os.path.join(ROOT, 'tests', 'digits'), '--target', 'mnistm']
+       for name in DIGITS}
 
 
 class Trainer(object):
@@ -35,13 +44,14 @@ class Trainer(object):
 
     def __init__(self, name):
         self.name, self.module = name, PROGRAMS[name]
-        self.score, self.diverge = SCORES[name], DIVERGE[name]
+        self.flags, self.score = FLAGS.get(name, []), SCORES.get(name)
+        self.diverge = DIVERGE.get(name, 'program.LEARNING_RATE = 1e30')
 
     def command(self, data_dir, ckpt, *flags, **options):
         code = QUICK.format(root=ROOT, name=self.name, every=options.get('every', 5),
-                            more=MORE[self.name])
+                            small=SMALL[self.name])
         return ['python3', '-c', code, '--train', '--data_dir', data_dir, '--ckpt', ckpt,
-                '--batch_size', '4', '--device', 'cpu'] + list(flags)
+                '--batch_size', '4', '--device', 'cpu'] + self.flags + list(flags)
 
     def train(self, *arguments, **options):
         return run(self.command(*arguments, **options), OMP_NUM_THREADS='1')
@@ -92,12 +102,12 @@ def unbroken(trainer, data_dir, tmp_path_factory):
 
 
 def test_two_steps_of_the_real_net(trainer, data_dir, tmp_path):
-    """Train, then draw from the new weights."""
+    """Train, then draw from the new weights, or label with them."""
     ckpt = tmp_path / 'run.pth'
     (tmp_path / 'SHA256SUMS').write_text('')
     program = os.path.join(ROOT, trainer.name + '.py')
     result = run(['python3', program, '--train', '--steps', '2', '--batch_size', '4', '--data_dir',
-                  data_dir, '--ckpt', ckpt])
+                  data_dir, '--ckpt', ckpt] + trainer.flags)
     assert result.returncode == 0, result.stderr
     assert 'step 2/2' in result.stdout and 'images/s' in result.stdout and 'left' in result.stdout
     assert sorted(os.listdir(str(tmp_path))) == ['SHA256SUMS', 'run.jsonl', 'run.pth',
@@ -109,8 +119,8 @@ def test_two_steps_of_the_real_net(trainer, data_dir, tmp_path):
         assert records(ckpt, 'test')[0][name] == value
     sums = run(['sha256sum', '-c', 'SHA256SUMS'], cwd=tmp_path)
     assert sums.returncode == 0 and 'run.pth: OK' in sums.stdout
-    drawn = run(['python3', program, '--ckpt', ckpt, '--out', tmp_path / 'faces.png'])
-    assert drawn.returncode == 0, drawn.stderr
+    used = run(['python3', program, '--ckpt', ckpt] + USE.get(trainer.name, ['--out', 'faces.png']), cwd=tmp_path)
+    assert used.returncode == 0, used.stderr
 
 
 def test_log(trainer, unbroken):
@@ -124,7 +134,11 @@ def test_log(trainer, unbroken):
     assert start['settings']['seed'] == 0
 
 
-def test_the_least_held_out_score_chooses(trainer, unbroken):
+def test_rule_of_choice(trainer, unbroken):
+    """Of faces the least held-out score; of digits the last average, whatever it scores."""
+    if trainer.score is None:
+        assert load_checkpoint(str(unbroken), trainer.name)['step'] == 30
+        return
     held_out = records(unbroken, 'held_out')
     least = min(held_out, key=lambda record: record[trainer.score])
     assert load_checkpoint(str(unbroken), trainer.name)['step'] == least['step']
@@ -341,6 +355,142 @@ def test_gan_needs_enough_faces_for_a_score(tmp_path):
     assert_one_line(Trainer('p2_gan').train(few, tmp_path / 'run.pth'), '20 training faces')
 
 
+@pytest.mark.parametrize('setting', ['source', 'target'])
+@pytest.mark.parametrize('augment', ['0', '1'])
+def test_settings_of_the_digits(data_dir, tmp_path, setting, augment):
+    """The bounds are trained, stopped and resumed as DANN is, without a domain discriminator."""
+    trainer, one, two = Trainer('p3_dann'), tmp_path / 'one.pth', tmp_path / 'two.pth'
+    flags = ['--setting', setting, '--augment', augment]
+    assert trainer.train(data_dir, one, '--steps', '300', *flags).returncode == 0
+    trainer.kill_when((tmp_path / 'two_last.pth').exists, (data_dir, two, '--steps', '300', *flags))
+    result = trainer.train(data_dir, two, '--resume')
+    assert result.returncode == 0, result.stderr
+    assert same(trainer.weights(one), trainer.weights(two))
+    for kind in ('train', 'held_out', 'test'):
+        assert records(one, kind) == records(two, kind)
+    assert all(set(record) == {'kind', 'step', 'label_loss', 'learning_rate'}
+               for record in records(one, 'train'))
+    losses = [record['label_loss'] for record in records(one, 'train')]
+    if augment == '0':
+        assert sum(losses[-50:]) < 0.8 * sum(losses[:50])
+
+
+def test_log_of_dann(data_dir, tmp_path):
+    trainer, ckpt = Trainer('p3_dann'), tmp_path / 'run.pth'
+    assert trainer.train(data_dir, ckpt, '--steps', '10').returncode == 0
+    logged = records(ckpt, 'train')
+    assert all(set(record) == {'kind', 'step', 'label_loss', 'domain_loss', 'domain_accuracy', 'reversal',
+                               'learning_rate'} for record in logged)
+    assert [record['reversal'] for record in logged] == [
+        pytest.approx(p3_dann.reversal_at(step, 10)) for step in range(1, 11)]
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_target_labels_do_not_reach_adaptation(own_data_dir, data_dir, tmp_path, name):
+    """Other labels of the target's training images, and other test images: the same weights."""
+    trainer = Trainer(name)
+    assert trainer.train(data_dir, tmp_path / 'one.pth', '--steps', '12').returncode == 0
+    folder = os.path.join(own_data_dir, 'digits', 'mnistm')
+    write_rows(os.path.join(folder, 'train.csv'), ['image_name', 'label'],
+               [[f'{index:05d}.png', 3] for index in range(40)])
+    os.remove(os.path.join(folder, 'test', '00011.png'))
+    write_rows(os.path.join(folder, 'test.csv'), ['image_name', 'label'],
+               [[f'{index:05d}.png', 5] for index in range(11)])
+    assert trainer.train(own_data_dir, tmp_path / 'two.pth', '--steps', '12').returncode == 0
+    assert same(trainer.weights(tmp_path / 'one.pth'), trainer.weights(tmp_path / 'two.pth'))
+    trainer, upper = Trainer('p3_dann'), ['--steps', '12', '--setting', 'target']
+    assert trainer.train(data_dir, tmp_path / 'a.pth', *upper).returncode == 0
+    assert trainer.train(own_data_dir, tmp_path / 'b.pth', *upper).returncode == 0
+    assert not same(trainer.weights(tmp_path / 'a.pth'), trainer.weights(tmp_path / 'b.pth'))
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_any_pair_of_domains(data_dir, tmp_path, name):
+    trainer = Trainer(name)
+    for target, source in (('usps', 'mnistm'), ('svhn', 'usps'), ('mnistm', 'svhn')):
+        ckpt = tmp_path / f'{target}.pth'
+        command = trainer.command(data_dir, ckpt, '--target', target, '--source', source, '--steps', '1')
+        assert run(command).returncode == 0
+        settings = load_checkpoint(str(ckpt), name)['settings']
+        assert (settings['source'], settings['target']) == (source, target)
+
+
+def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path):
+    """Of 40 steps the first ten train them, the others the target encoder alone; the teacher follows it."""
+    trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
+    states = []
+    for step in (10, 39, 40):
+        command = trainer.command(data_dir, ckpt, '--steps', '40', '--resume', every=1)
+        command[2] = command[2].replace(
+            'program.main()', 'save = program.save_checkpoint; program.save_checkpoint = lambda path, '
+            f'state: (save(path, state), state["step"] == {step} and sys.exit(9)); program.main()')
+        assert run(command).returncode == 9
+        states.append(trainer.state(ckpt))
+    source, before, after = states
+    assert [state['step'] for state in states] == [10, 39, 40]
+    for name, value in after['net'].items():
+        if name.startswith('classifier'):
+            assert torch.equal(value, source['average'][name])
+        elif name.endswith('weight'):
+            assert not torch.equal(value, source['average'][name]), name
+    assert same(before['source_net'], source['average']) and same(after['source_net'], source['average'])
+    decay = min(p4_adda.AVERAGE_DECAY, 40 / 60)
+    for name, value in after['average'].items():
+        if name.endswith(('weight', 'bias')):
+            assert torch.allclose(value, decay * before['average'][name] + (1 - decay) * after['net'][name],
+                                  atol=1e-6), name
+
+
+@pytest.mark.parametrize('pieces', ['none', 'all'] + list(p4_adda.PIECES))
+def test_pieces_of_adda(data_dir, tmp_path, pieces):
+    """Every switch alone trains source and target; the log has what it brings and nothing else."""
+    trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
+    result = trainer.train(data_dir, ckpt, '--steps', '10', '--pieces', pieces)
+    assert result.returncode == 0, result.stderr
+    chosen = {'none': [], 'all': p4_adda.PIECES}.get(pieces, [pieces])
+    assert load_checkpoint(str(ckpt), 'p4_adda')['settings']['pieces'] == ','.join(chosen)
+    adversarial = {'domain_loss', 'domain_accuracy', 'fooling_loss'} | (
+        {'label_loss'} if 'anchor' in chosen else set())
+    for record in records(ckpt, 'train'):
+        wanted = {'kind', 'step', 'learning_rate'}
+        if record['step'] <= 2:
+            wanted |= {'label_loss'}
+        else:
+            if record['step'] <= 8 or 'self_training' not in chosen:
+                wanted |= adversarial
+            for piece, brings in (('teacher', {'confident_loss', 'confident_share'}),
+                                  ('diversity', {'diversity_loss'})):
+                wanted |= brings if piece in chosen else set()
+        assert set(record) == wanted, record['step']
+    assert all('confident_share' in record for record in records(ckpt, 'held_out'))
+
+
+def test_table_is_trained_and_resumed(data_dir, copy_of_project):
+    """--train without --target: every run of the table that the flags leave; finished ones stay."""
+    trainer = Trainer('p3_dann')
+    command = trainer.command(data_dir, 'x.pth', '--steps', '1', '--setting', 'dann')
+    command[2] = command[2].replace(ROOT, str(copy_of_project))
+    for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
+        command.remove(word)
+    folder = copy_of_project / 'checkpoints'
+    old = (folder / 'p3_dann_usps.pth').read_bytes()
+    result = run(command + ['--seed', '0'])
+    assert result.returncode == 0, result.stderr
+    assert (folder / 'p3_dann_usps.pth').read_bytes() != old
+    assert run(command + ['--seed', '1', '--augment', '0']).returncode == 0
+    results = [json.loads(line) for line in (folder / 'p3_results.jsonl').read_text().split('\n')[:-1]]
+    assert sorted((record['target'], record['augment'], record['seed']) for record in results) == sorted(
+        (target, augment, seed) for target in ('mnistm', 'svhn', 'usps')
+        for augment, seed in ((0, 0), (1, 0), (0, 1)))
+    for record in results:
+        log = (copy_of_project / record['log']).read_text().split('\n')
+        assert json.loads(log[-2])['accuracy'] == record['accuracy']
+    before = (folder / 'p3_dann_usps.pth').stat().st_mtime_ns
+    again = run(command + ['--seed', '0', '--resume'])
+    assert again.returncode == 0 and again.stdout.count('is complete') == 6
+    assert (folder / 'p3_dann_usps.pth').stat().st_mtime_ns == before
+
+
 def test_loss_that_is_not_finite_stops_the_run(trainer, data_dir, tmp_path):
     diverging = trainer.command(data_dir, tmp_path / 'run.pth', '--steps', '300', every=1)
     diverging[2] = diverging[2].replace('program.main()', trainer.diverge + '; program.main()')
@@ -370,6 +520,7 @@ FIGURES = dict(
             'table2.png'])
 
 
+@pytest.mark.parametrize('trainer', sorted(FIGURES), indirect=True)
 def test_figures(trainer, data_dir, tmp_path, unbroken):
     """--plot writes every figure of the report, without training, and leaves the logs alone."""
     out = tmp_path / 'figures'

@@ -1,0 +1,534 @@
+"""Problem 4: ADDA, improved piece by piece, that reads digits in a domain without labels.
+
+Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder,
+and train the copy on target images until a discriminator cannot tell its features from those of the
+source encoder; the classifier stays as it is.  --pieces names what is added, each to be switched alone:
+
+    normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
+    augment          random shapes, backgrounds and colours, as in problem 3
+    patches          those backgrounds are pieces of unlabelled target images
+    anchor           source labels go on training the target encoder through the classifier
+    conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
+    teacher          confident labels that an average of the weights gives to target images train the
+                     net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
+    diversity        the mean prediction over a batch is kept from collapsing (Liang et al. 2020, SHOT)
+    self_training    the last fifth of the steps has no other loss than teacher's and diversity's
+
+    bash hw3_p4.sh DIR TARGET pred.csv                 label a folder, as the grader does
+    python3 p4_adda.py --train --target usps --pieces all --seed 0         train one cell of the table
+    python3 p4_adda.py --train --resume                train the whole table; goes on after a stop
+    python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
+
+Rule of choice: the schedule is fixed and its last average is kept; shipped is seed 0 with all pieces.
+No target label is read; the test images are measured once, at the end of --train.
+"""
+import argparse
+import copy
+import glob
+import itertools
+import math
+import os
+import shlex
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import p3_dann
+from datasets import (COLOURS, DIGIT_SIZE, DOMAIN_NAMES, MARKERS, SOURCE_OF, DigitImages, UserError,
+                      augment_digits, balanced_rows, draw_text, list_images, new_figure,
+                      random_patches, read_ahead, run_command, save_figure, split_held_out, to_float,
+                      write_predictions)
+from models import (DigitNet, DomainDiscriminator, RunLog, autocast, for_training, load_checkpoint,
+                    on_device, pick_device, pick_precision, plain_state, predict, read_log,
+                    renew_statistics, resume_run, run_batches, save_checkpoint, set_learning_rate,
+                    update_average, write_log, write_sum)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROBLEM = 'p4_adda'
+STATE = 'p4_adda (training state)'
+
+# nets
+NET = dict(p3_dann.NET, normalise=True)
+DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
+
+# training
+PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
+          'self_training')
+DEFAULTS = dict(
+    steps=4000,              # of one batch of each domain; the first quarter trains on the source alone
+    batch_size=32,           # images of a domain
+    seed=0,
+    target='mnistm',
+    source='usps',           # of another target: the assignment's partner
+    pieces=','.join(PIECES))
+LEARNING_RATE = 1e-3         # of Adam, at its peak, for encoder, classifier and discriminator
+LEARNING_RATE_WARM_UP = 100  # steps
+ADVERSARIAL = 0.1            # weight of the discriminator's verdict in the encoder's loss
+CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
+DIVERSITY = 0.1              # weight of the negative entropy of the mean prediction, in nats
+AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
+STATISTICS = 5000            # training images that give the batch norms their statistics
+LOG_EVERY = 50               # steps
+SAVE_EVERY = 500             # steps
+
+# the table: three scenarios, three seeds of plain and improved ADDA, one of what lies between them
+ROWS = tuple((','.join(PIECES[:count]), (0, 1, 2) if count in (0, len(PIECES)) else (0,))
+             for count in range(len(PIECES) + 1))
+RUNS = os.path.join(HERE, 'checkpoints', 'p4_runs')
+RESULTS = os.path.join(HERE, 'checkpoints', 'p4_results.jsonl')
+
+# figures
+PER_DOMAIN = 500             # test images of each domain in a t-SNE figure
+MISTAKES = 32
+
+
+# ---------------------------------------------------------------------------- losses and schedules
+
+def discriminator_input(features, logits, conditional):
+    """Features (N, D), or flattened their products with the ten probabilities: (N, 10 D).
+
+    Source: Long et al. 2018 (arXiv 1705.10667), eq. 7 with the outer product.
+    """
+    if not conditional:
+        return features
+    return (torch.softmax(logits, 1).unsqueeze(2) * features.unsqueeze(1)).flatten(1)
+
+
+def fooling_loss(target):
+    """Mean loss of the discriminator's logits (N,) for target images, called source.
+
+    Source: Tzeng et al. 2017, eq. 9, the third line.
+    """
+    return F.softplus(-target).mean()
+
+
+def confident_loss(logits, probabilities):
+    """Cross-entropy of logits (N, 10) with the teacher's labels, and the share of images that count.
+
+    An image whose largest probability (N, 10) is less than CONFIDENT adds nothing to the mean over all.
+    Source: Sohn et al. 2020 (arXiv 2001.07685), eq. 4.
+    """
+    confidence, labels = probabilities.max(1)
+    mask = (confidence >= CONFIDENT).float()
+    return (mask * F.cross_entropy(logits, labels, reduction='none')).mean(), mask.mean()
+
+
+def diversity_loss(logits):
+    """Negative entropy, in nats, of the mean prediction over a batch of logits (N, 10).
+
+    Source: Liang et al. 2020 (arXiv 2002.08546), eq. 3.
+    """
+    mean = torch.softmax(logits, 1).mean(0)
+    return (mean * (mean + 1e-8).log()).sum()
+
+
+def learning_rate_at(step, steps):
+    """Linear warm-up, then half a cosine down to 0 at the last step (steps count from 1)."""
+    warm_up = min(1.0, step / LEARNING_RATE_WARM_UP)
+    return LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+# ------------------------------------------------------------------------------------------- train
+
+def train(args):
+    """Train one run or, without --target, every run of the table that the other flags leave."""
+    cells = [{}] if args.target else [
+        cell for pieces, seeds in ROWS for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
+        for cell in [dict(pieces=pieces, target=target, seed=seed)]
+        if all(getattr(args, name) in (None, value) for name, value in cell.items())]
+    for cell in cells:
+        given = dict({name: getattr(args, name) for name in DEFAULTS}, **cell)
+        defaults = dict(DEFAULTS, source=SOURCE_OF[given['target']])
+        ckpt = args.ckpt or run_path(dict(defaults, **{
+            name: value for name, value in given.items() if value is not None}))
+        log = os.path.splitext(ckpt)[0] + '.jsonl'
+        if cell and args.resume and os.path.exists(log) and read_log(log)[-1]['kind'] == 'test':
+            print(f'{log} is complete', flush=True)
+        else:
+            train_run(args, ckpt, given, defaults)
+    if not args.ckpt:
+        collect_results()
+
+
+def run_path(settings):
+    """Return the checkpoint of the run with these settings; one run for each target is shipped."""
+    shipped = dict(DEFAULTS, target=settings['target'], source=SOURCE_OF[settings['target']])
+    if all(settings[name] == shipped[name] for name in ('source', 'pieces', 'seed')):
+        return os.path.join(HERE, 'checkpoints', f'{PROBLEM}_{settings["target"]}.pth')
+    name = '{source}_{target}_{pieces}_seed{seed}.pth'.format(
+        **dict(settings, pieces=settings['pieces'].replace(',', '+') or 'plain'))
+    return os.path.join(RUNS, name)
+
+
+def train_run(args, ckpt, given, defaults):
+    """Train on data_dir/digits and write ckpt; beside it its log and the state to resume."""
+    # device and seed
+    if os.path.isdir(ckpt):
+        raise UserError(f'{ckpt} is a folder: name a file for --ckpt')
+    base = os.path.splitext(ckpt)[0]
+    device = pick_device(args.device)
+    settings, state = resume_run(base + '_last.pth', STATE, args.resume, given=given, defaults=defaults)
+    steps, batch_size, pieces = settings['steps'], settings['batch_size'], settings['pieces'].split(',')
+    first, last = steps // 4, steps - steps // 5     # ends of the source's part and of the adversarial one
+    torch.manual_seed(settings['seed'])                                    # the first weights, dropout
+    rng = torch.Generator().manual_seed(settings['seed'])                  # batches, augmentation
+    # data
+    source, target, test = [p3_dann.read_digits(args.data_dir, settings[domain], split) for domain, split in (
+        ('source', 'train'), ('target', 'train'), ('target', 'test'))]
+    (training, held_out), (adapting, watched) = [split_held_out(len(one.names)) for one in (source, target)]
+    unlabelled = target.images             # without its labels
+    # nets
+    config = dict(NET, normalise='normalise' in pieces) if state is None else state['config']
+    net = for_training(DigitNet(**config), device)
+    discriminator = for_training(DomainDiscriminator(
+        net.features * (10 if 'conditional' in pieces else 1), DISCRIMINATOR_HIDDEN), device)
+    average, source_net = copy.deepcopy(net).eval(), copy.deepcopy(net).eval()
+    # optimizers
+    source_optimizer, encoder_optimizer, discriminator_optimizer = optimizers = [
+        torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+        for module in (net, net.encoder, discriminator)]
+    # resume
+    step, seconds = 0, 0.0
+    if state is not None:
+        step, seconds = state['step'], state['seconds']
+        for module, name in ((net, 'net'), (average, 'average'), (source_net, 'source_net'),
+                             (discriminator, 'discriminator')):
+            module.load_state_dict(state[name])
+        for optimizer, saved in zip(optimizers, state['optimizers']):
+            optimizer.load_state_dict(saved)
+        rng.set_state(state['rng'])
+        torch.set_rng_state(state['dropout_rng'])
+    precision = pick_precision(device) if state is None else state['precision']
+    command = args.command if state is None else state['command']
+    if state is None and os.path.exists(base + '_last.pth'):
+        os.remove(base + '_last.pth')      # of a finished run: it must not be resumed on a new log
+    log = RunLog(base + '_last.jsonl', step)
+    if state is None:
+        log.add('run', command=command, settings=settings, training_images=len(training),
+                held_out=len(held_out), unlabelled=len(adapting),
+                device=device.type, precision=precision, threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                parameters=sum(parameter.numel() for parameter in net.parameters()))
+    start = time.time() - seconds
+    # loop
+    for step in range(step + 1, steps + 1):
+        # batch: the ten classes in equal numbers; any unlabelled images
+        rows = training[balanced_rows(source.labels[training], batch_size, rng)]
+        labels = source.labels[rows].to(device)
+        x = view(to_float(source.images[rows]), unlabelled, adapting, pieces, rng, device)
+        rows = adapting[torch.randint(len(adapting), (batch_size,), generator=rng)]
+        target_x = on_device(to_float(unlabelled[rows]), device)
+        scalars = {}
+        if step <= first:
+            # update: source encoder and classifier
+            learning_rate = learning_rate_at(step, first)
+            set_learning_rate(source_optimizer, learning_rate)
+            with autocast(device, precision):
+                logits = net(x)
+            loss = F.cross_entropy(logits.float(), labels)
+            scalars['label_loss'] = loss.detach()
+            source_optimizer.zero_grad()
+            loss.backward()
+            source_optimizer.step()
+        else:
+            if step == first + 1:          # the target encoder starts as a copy of the source encoder
+                source_net.load_state_dict(average.state_dict())
+                net.load_state_dict(average.state_dict())
+            adversarial = step <= last or 'self_training' not in pieces
+            learning_rate = learning_rate_at(step - first, steps - first)
+            for optimizer in (encoder_optimizer, discriminator_optimizer):
+                set_learning_rate(optimizer, learning_rate)
+            with autocast(device, precision):
+                features = net.encoder(view(target_x, unlabelled, adapting, pieces, rng, device))
+                logits = net.classifier(features)
+            loss = 0 * logits.sum()
+            if adversarial:
+                # update: discriminator, on features of the source encoder and of the target encoder
+                with torch.no_grad(), autocast(device, precision):
+                    source_features = source_net.encoder(x)
+                    of_source = discriminator_input(source_features, source_net.classifier(source_features),
+                                                    'conditional' in pieces)
+                of_target = discriminator_input(features, logits, 'conditional' in pieces)
+                with autocast(device, precision):
+                    verdicts = discriminator(of_source), discriminator(of_target.detach())
+                domain = p3_dann.domain_loss(*[verdict.float() for verdict in verdicts])
+                discriminator_optimizer.zero_grad()
+                domain.backward()
+                discriminator_optimizer.step()
+                with autocast(device, precision):
+                    fooled = fooling_loss(discriminator(of_target).float())
+                loss = loss + ADVERSARIAL * fooled
+                scalars.update(domain_loss=domain.detach(), fooling_loss=fooled.detach(),
+                               domain_accuracy=0.5 * ((verdicts[0] > 0).float().mean()
+                                                      + (verdicts[1] < 0).float().mean()))
+                if 'anchor' in pieces:
+                    with autocast(device, precision):
+                        anchored = F.cross_entropy(net(x).float(), labels)
+                    loss = loss + anchored
+                    scalars['label_loss'] = anchored.detach()
+            if 'teacher' in pieces:
+                with torch.no_grad(), autocast(device, precision):
+                    average.encoder.train()                # batch statistics, of images as they are
+                    probabilities = torch.softmax(average(target_x).float(), 1)
+                    average.encoder.eval()
+                confident, share = confident_loss(logits.float(), probabilities)
+                loss = loss + confident
+                scalars.update(confident_loss=confident.detach(), confident_share=share)
+            if 'diversity' in pieces:
+                diversity = diversity_loss(logits.float())
+                loss = loss + DIVERSITY * diversity
+                scalars['diversity_loss'] = diversity.detach()
+            # update: target encoder; the classifier stays as it is
+            encoder_optimizer.zero_grad()
+            loss.backward()
+            encoder_optimizer.step()
+        scalars['learning_rate'] = learning_rate
+        update_average(average, net, min(AVERAGE_DECAY, step / (step + 20)))
+        # log
+        if step % LOG_EVERY == 0 or step == steps:
+            if not math.isfinite(loss.item()):
+                raise UserError(f'the loss is {loss.item()} at step {step}: the last good save, if there '
+                                f'is one, stays in {base}_last.pth; start anew with another --seed')
+            seconds = time.time() - start
+            speed = step * batch_size / seconds
+            log.add('train', step=step, images_per_second=speed,
+                    **{name: float(value) for name, value in scalars.items()})
+            left = int((steps - step) * batch_size / speed)
+            print(f'{os.path.basename(base)}  step {step}/{steps}  loss {loss.item():.3f}  '
+                  f'confident {float(scalars.get("confident_share", 0)):.2f}  {speed:.0f} images/s  '
+                  f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
+        # save
+        if step % SAVE_EVERY == 0 or step == steps:
+            measured = with_statistics(average, unlabelled[adapting], device)
+            found = predict(measured, source.images[held_out], device) == source.labels[held_out]
+            probabilities = run_batches(lambda batch: torch.softmax(measured(to_float(batch)), 1), device,
+                                        unlabelled[watched])
+            log.add('held_out', step=step, accuracy=found.float().mean().item(),
+                    confident_share=(probabilities.max(1)[0] >= CONFIDENT).float().mean().item())
+            save_checkpoint(base + '_last.pth', dict(
+                problem=STATE, step=step, seconds=time.time() - start, config=config,
+                settings=settings, precision=precision, command=command, net=net.state_dict(),
+                average=average.state_dict(), source_net=source_net.state_dict(),
+                discriminator=discriminator.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers], rng=rng.get_state(),
+                dropout_rng=torch.get_rng_state()))
+    # final check from file
+    state = load_checkpoint(base + '_last.pth', STATE)
+    net = DigitNet(**config)
+    net.load_state_dict(state['average'])
+    net = with_statistics(net, unlabelled[adapting], device)
+    metrics = dict(images=len(test.names), accuracy=p3_dann.accuracy(net, test, device))
+    log.add('test', step=steps, **metrics)
+    write_log(base + '.jsonl', read_log(log.path))
+    save_checkpoint(ckpt, dict(problem=PROBLEM, step=steps, config=config, net=plain_state(net),
+                               settings=settings, metrics=metrics, command=command))
+    write_sum(ckpt)
+    print(f'{ckpt}: {100 * metrics["accuracy"]:.2f} % of the test images')
+
+
+def view(images, unlabelled, rows, pieces, rng, device):
+    """Return float images as the nets train on them: changed at random, if the pieces say so.
+
+    unlabelled[rows] are the uint8 images of the target whose pieces may become backgrounds.
+    """
+    if 'augment' in pieces:
+        patches = None
+        if 'patches' in pieces:
+            chosen = rows[torch.randint(len(rows), (len(images),), generator=rng)]
+            patches = random_patches(to_float(unlabelled[chosen]), rng)
+        images = augment_digits(images.cpu(), 1.0, rng, patches)
+    return on_device(images, device)
+
+
+def with_statistics(net, images, device):
+    """Return a copy of net in eval() that has the batch statistics of STATISTICS of the images."""
+    net = copy.deepcopy(net)
+    renew_statistics(net, images[:STATISTICS], device)
+    return net
+
+
+def collect_results():
+    """Write the last record of every finished run of the default places into one results log."""
+    records = []
+    for path in sorted(glob.glob(os.path.join(RUNS, '*.jsonl'))
+                       + glob.glob(os.path.join(HERE, 'checkpoints', PROBLEM + '_*.jsonl'))):
+        log = read_log(path)
+        if log and log[-1]['kind'] == 'test':
+            records.append(dict(log[0]['settings'], kind='result', accuracy=log[-1]['accuracy'],
+                                images=log[-1]['images'], log=os.path.relpath(path, HERE)))
+    write_log(RESULTS, sorted(records, key=lambda one: one['log']))
+
+
+# ------------------------------------------------------------------------------------------- infer
+
+def load_net(path, device):
+    """Return (net in eval() on device, checkpoint) of a checkpoint that train() wrote."""
+    checkpoint = load_checkpoint(path, PROBLEM)
+    net = DigitNet(**checkpoint['config'])
+    net.load_state_dict(checkpoint['net'])
+    return net.to(device).eval(), checkpoint
+
+
+def infer(args):
+    """Label the images in the folder --images and write the assignment's CSV to --out."""
+    if os.path.isdir(args.out):
+        raise UserError(f'{args.out} is a folder: name the CSV file to write, for instance '
+                        + os.path.join(args.out, 'pred.csv'))
+    names = list_images(args.images)
+    others = len(os.listdir(args.images)) - len(names)
+    if others:
+        print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
+    device = pick_device(args.device or 'cpu')
+    ckpt = args.ckpt or run_path(dict(DEFAULTS, target=args.target, source=SOURCE_OF[args.target]))
+    net, checkpoint = load_net(ckpt, device)
+    if checkpoint['settings']['target'] != args.target:
+        raise UserError(f'{ckpt} was trained for {checkpoint["settings"]["target"]}: name that as '
+                        '--target, or another --ckpt')
+    labels, shown = [], time.time()
+    for images in read_ahead(args.images, names, DIGIT_SIZE):
+        labels += predict(net, images, device, args.batch_size or DEFAULTS['batch_size']).tolist()
+        if time.time() - shown > 2:
+            print(f'{len(labels):,} of {len(names):,} images', flush=True)
+            shown = time.time()
+    write_predictions(args.out, names, labels)
+
+
+# -------------------------------------------------------------------------------------------- plot
+
+def plot(args):
+    """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
+    device = pick_device(args.device or 'cpu')
+    results, bounds = read_log(RESULTS), read_log(p3_dann.RESULTS)
+    ours = [(pieces, [record for record in results if record['pieces'] == pieces]) for pieces, _ in ROWS]
+    lower, dann, upper = [[record for record in bounds if (record['setting'], record['augment'])
+                           == (setting, p3_dann.DEFAULTS['augment'])] for setting in p3_dann.SETTINGS]
+    p3_dann.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
+        ('lower bound: source only', lower), ('DANN', dann), ('plain ADDA', ours[0][1]),
+        ('improved ADDA', ours[-1][1]), ('upper bound: target only', upper)])
+    curves, found, plain = {}, {}, {}
+    for target, source in sorted(SOURCE_OF.items()):
+        settings = dict(DEFAULTS, target=target, source=source)
+        digits = [DigitImages(args.data_dir, domain, 'test') for domain in (source, target)]
+        title = f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}'
+        curves[title] = read_log(os.path.splitext(run_path(settings))[0] + '.jsonl')
+        for kept, pieces in ((plain, ''), (found, DEFAULTS['pieces'])):
+            net = load_net(run_path(dict(settings, pieces=pieces)), device)[0]
+            kept[title] = digits[1], run_batches(
+                lambda batch: torch.softmax(net(to_float(batch)), 1), device, digits[1].images)
+        p3_dann.plot_features(os.path.join(args.out, f'fig4_2_{target}'), f'improved ADDA, {title}', net,
+                              digits, device)
+    draw_text(os.path.join(args.out, 'fig4_3.png'), 'Problem 4: print(model)', [
+        f'(net): {net}',
+        f'(discriminator): {DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}'])
+    plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
+    plot_ablation(os.path.join(args.out, 'fig4_5.png'), ours)
+    p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6.png'), found)
+    p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain)
+    p3_dann.plot_mistakes(os.path.join(args.out, 'fig4_7.png'), found)
+    print(f'fourteen figures and tables are in {args.out}')
+
+
+def plot_learning_curves(path, curves):
+    """fig4_4: losses, the discriminator's accuracy and the share of confident target images."""
+    figure, axes = new_figure(13, 3.8, columns=3)
+    for colour, (title, log) in zip(COLOURS, curves.items()):
+        for one, name in ((axes[0], 'label_loss'), (axes[1], 'domain_accuracy')):
+            points = [(record['step'], record[name]) for record in log if name in record]
+            one.plot(*zip(*points), color=colour, linewidth=0.9, label=title)
+        points = [(record['step'], 100 * record['confident_share']) for record in log
+                  if record['kind'] == 'held_out']
+        axes[2].plot(*zip(*points), 'o-', color=colour, label=title, markersize=3)
+    axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
+                yscale='log')
+    axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
+    axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
+    axes[2].set(title=f'Held-out target images with a probability of {CONFIDENT} or more', ylabel='share (%)')
+    for one in axes:
+        one.set_xlabel('training step')
+        one.grid(True, alpha=0.25)
+        one.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def plot_ablation(path, ours):
+    """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time."""
+    labels = ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in PIECES]
+    figure, axes = new_figure(10, 4.6)
+    for colour, marker, (target, source) in zip(COLOURS, MARKERS, sorted(SOURCE_OF.items())):
+        values = [100 * record['accuracy'] for _, records in ours for record in records
+                  if (record['target'], record['source'], record['seed']) == (target, source, 0)]
+        axes.plot(range(len(values)), values, marker + '-', color=colour,
+                  label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
+        for x, value in enumerate(values):
+            axes.annotate(f'{value:.1f}', (x, value), xytext=(0, 6), textcoords='offset points',
+                          ha='center', fontsize=7, color=colour)
+    axes.set_xticks(range(len(labels)))
+    axes.set_xticklabels(labels, rotation=20, ha='right')
+    axes.set(title='Test accuracy as pieces are added to plain ADDA, one at a time (seed 0)',
+             ylabel='target test accuracy (%)')
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=9)
+    save_figure(path, figure)
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--train', action='store_true', help='train; without a mode: label a folder')
+    mode.add_argument('--plot', action='store_true', help='write the figures and tables')
+    parser.add_argument('--data_dir', default='hw3_data', help='folder that holds digits/ (hw3_data)')
+    parser.add_argument('--images', help='folder of the images to label')
+    parser.add_argument('--out', help='CSV file to write; --plot: figures')
+    parser.add_argument('--ckpt', help='checkpoint to read, or to write with --train --target '
+                        f'(checkpoints/{PROBLEM}_TARGET.pth, of another run than the shipped '
+                        f'checkpoints/{os.path.basename(RUNS)}/...)')
+    parser.add_argument('--resume', action='store_true',
+                        help='--train: go on with a stopped run; of the table leave out what is finished')
+    parser.add_argument('--steps', type=int, help=f'training steps ({DEFAULTS["steps"]})')
+    parser.add_argument('--batch_size', type=int,
+                        help=f'images of a domain in a step, or at once ({DEFAULTS["batch_size"]})')
+    parser.add_argument('--seed', type=int, help=f'of the run ({DEFAULTS["seed"]})')
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'],
+                        help='auto takes a GPU if there is one (auto for --train, else cpu)')
+    parser.add_argument('--target', choices=sorted(SOURCE_OF),
+                        help='domain without labels; --train without it: the whole table')
+    parser.add_argument('--source', choices=sorted(SOURCE_OF),
+                        help='--train: domain with labels (the assignment\'s partner of the target)')
+    parser.add_argument('--pieces', help='--train: what is added to plain ADDA, with commas between: all, '
+                        'none or some of ' + ', '.join(PIECES))
+    args = parser.parse_args(argv)
+    for name in ('steps', 'batch_size'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1')
+    if args.pieces is not None:
+        chosen = {'all': PIECES, 'none': ()}.get(args.pieces, args.pieces.split(','))
+        if not set(chosen) <= set(PIECES):
+            parser.error('--pieces must be all, none or some of ' + ','.join(PIECES))
+        args.pieces = ','.join(piece for piece in PIECES if piece in chosen)
+    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
+        parser.error('--seed must lie in 0 .. 4294967295')
+    if args.target and args.source == args.target:
+        parser.error(f'--source {args.source} is the target: name another domain')
+    if args.train and not args.target and (args.ckpt or args.source):
+        parser.error('--ckpt and --source are for one run: say its --target too')
+    if args.plot:
+        args.out = args.out or 'figures'
+    elif not args.train and not (args.images and args.target and args.out):
+        parser.error('say --images FOLDER --target TARGET --out FILE.csv, --train or --plot')
+    words = sys.argv[1:] if argv is None else argv
+    args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run_command(train if args.train else plot if args.plot else infer, args)
+
+
+if __name__ == '__main__':
+    main()

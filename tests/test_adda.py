@@ -1,0 +1,89 @@
+"""ADDA's losses against oracles on hand-made numbers."""
+import math
+
+import pytest
+import torch
+
+import p4_adda
+from datasets import augment_digits, random_patches
+
+
+def test_discriminator_sees_products_of_features_and_probabilities():
+    features, logits = torch.randn(4, 5), torch.randn(4, 10)
+    assert p4_adda.discriminator_input(features, logits, False) is features
+    found = p4_adda.discriminator_input(features, logits, True)
+    probabilities = torch.softmax(logits, 1)
+    assert found.shape == (4, 50)
+    for row in range(4):
+        expected = torch.ger(probabilities[row], features[row]).flatten()
+        assert torch.allclose(found[row], expected, atol=1e-6)
+
+
+def test_fooling_loss_is_the_discriminators_with_the_labels_changed():
+    verdicts = torch.randn(9)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(verdicts, torch.ones(9))
+    assert p4_adda.fooling_loss(verdicts).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_only_confident_images_count():
+    """Three images: sure of 2, exactly at the bar for 7, and unsure, which adds 0 to the mean over all."""
+    probabilities = torch.full((3, 10), 0.001)
+    probabilities[0, 2], probabilities[1, 7], probabilities[2, 4] = 0.99, p4_adda.CONFIDENT, 0.5
+    logits = torch.randn(3, 10, requires_grad=True)
+    loss, share = p4_adda.confident_loss(logits, probabilities)
+    log_probabilities = torch.log_softmax(logits, 1)
+    expected = -(log_probabilities[0, 2] + log_probabilities[1, 7]) / 3
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert share.item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert logits.grad[2].abs().max() == 0 < logits.grad[:2].abs().max()
+    nobody, share = p4_adda.confident_loss(logits, torch.full((3, 10), 0.1))
+    assert nobody.item() == 0 and share.item() == 0
+
+
+def test_diversity_is_least_where_all_classes_are_predicted_alike():
+    every = 50 * torch.eye(10)                       # ten images, each sure of another digit
+    assert p4_adda.diversity_loss(every).item() == pytest.approx(-math.log(10), abs=1e-4)
+    assert p4_adda.diversity_loss(torch.zeros(4, 10)).item() == pytest.approx(-math.log(10), abs=1e-4)
+    collapsed = torch.zeros(10, 10)
+    collapsed[:, 3] = 50
+    assert p4_adda.diversity_loss(collapsed).item() == pytest.approx(0, abs=1e-4)
+    half = torch.cat([every[:1], every[1:2]])
+    assert p4_adda.diversity_loss(half).item() == pytest.approx(-math.log(2), abs=1e-4)
+
+
+def test_learning_rate_starts_and_ends_near_zero():
+    rates = [p4_adda.learning_rate_at(step, 1000) for step in range(1, 1001)]
+    assert rates.index(max(rates)) + 1 == p4_adda.LEARNING_RATE_WARM_UP
+    assert rates[0] < 0.02 * max(rates) and 0 < rates[-1] < 1e-4 * max(rates)
+
+
+def test_table_of_runs():
+    """Plain and improved ADDA with three seeds, what lies between with one; one run each is shipped."""
+    assert [row[0] for row in p4_adda.ROWS][:2] == ['', 'normalise']
+    assert p4_adda.ROWS[-1][0] == p4_adda.DEFAULTS['pieces']
+    assert [len(seeds) for _, seeds in p4_adda.ROWS] == [3] + [1] * (len(p4_adda.PIECES) - 1) + [3]
+    paths = {p4_adda.run_path(dict(p4_adda.DEFAULTS, pieces=pieces, seed=seed))
+             for pieces, seeds in p4_adda.ROWS for seed in seeds}
+    assert len(paths) == 6 + len(p4_adda.PIECES) - 1
+    assert sum(path.endswith('checkpoints/p4_adda_mnistm.pth') for path in paths) == 1
+
+
+def test_patches_are_enlarged_pieces_of_the_images():
+    """Of a slope from 0 to 1 a patch covers a quarter to a half, and only values that are there."""
+    slope = torch.linspace(0, 1, 28).view(1, 1, 1, 28).expand(50, 3, 28, 28)
+    patches = random_patches(slope, torch.Generator().manual_seed(0))
+    assert patches.shape == slope.shape and patches.min() >= 0 and patches.max() <= 1
+    span = (patches[:, 0, 14].max(1)[0] - patches[:, 0, 14].min(1)[0])
+    assert 0.2 < span.min() and span.max() < 0.52 and span.max() - span.min() > 0.15
+    assert patches[:, 0, 14, 0].std() > 0.1          # from different places
+    again = random_patches(slope, torch.Generator().manual_seed(0))
+    assert torch.equal(patches, again)
+
+
+def test_backgrounds_take_the_place_of_the_random_ones():
+    digits, rng = torch.rand(40, 3, 28, 28), torch.Generator
+    plain = augment_digits(digits, 1.0, rng().manual_seed(0), torch.zeros(40, 3, 28, 28))
+    changed = augment_digits(digits, 1.0, rng().manual_seed(0), torch.rand(40, 3, 28, 28))
+    differ = (plain - changed).abs().flatten(1).max(1)[0] > 1e-6
+    assert 0.4 < differ.float().mean() < 0.95        # one in three has none

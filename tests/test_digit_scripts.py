@@ -1,0 +1,224 @@
+"""bash hw3_p3.sh and hw3_p4.sh FOLDER TARGET OUT.csv, as the grader calls them."""
+import csv
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line, run
+from PIL import Image
+
+DIGITS = os.path.join(ROOT, 'tests', 'digits')
+TARGETS = ('mnistm', 'svhn', 'usps')
+
+
+class Script(object):
+    """The script of a problem that labels digits, its program and checkpoints."""
+
+    def __init__(self, problem):
+        self.problem, self.name = problem, f'hw3_{problem[:2]}.sh'
+        self.path = os.path.join(ROOT, self.name)
+        self.program = os.path.join(ROOT, problem + '.py')
+
+    def checkpoint(self, target):
+        return os.path.join(ROOT, 'checkpoints', f'{self.problem}_{target}.pth')
+
+    def label(self, folder, out, target='mnistm', **options):
+        """Label a folder; return the rows below the header."""
+        result = run(['bash', self.path, folder, target, out], **options)
+        assert result.returncode == 0, result.stderr
+        self.stdout = result.stdout
+        return read(os.path.join(str(options.get('cwd', '')), str(out)))
+
+
+def read(path):
+    with open(path, newline='', encoding='utf8', errors='surrogateescape') as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == ['image_name', 'label']
+    assert all(label in '0123456789' and len(label) == 1 for _, label in lines[1:])
+    return lines[1:]
+
+
+@pytest.fixture(params=['p3_dann'])
+def script(request):
+    return Script(request.param)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_reads_the_digits_of_the_repository(script, tmp_path, target):
+    """Drawn by us; what the course's scoring rule says of the file."""
+    rows = script.label(DIGITS, tmp_path / 'pred.csv', target)
+    assert [name for name, _ in rows] == [f'{index:05d}.png' for index in range(12)]
+    with open(DIGITS + '.csv', newline='') as file:
+        truth = dict(list(csv.reader(file))[1:])
+    correct = sum(truth[name] == label for name, label in rows)       # compared as text
+    assert correct >= 8
+
+
+@pytest.mark.parametrize('out', ['bare.csv', 'new folder/deep/er/pred.csv', './x.txt', '-dash.csv',
+                                 'ünïcode.csv'])
+def test_output_paths(script, tmp_path, out):
+    rows = script.label(DIGITS + '/', out, cwd=tmp_path)
+    assert len(rows) == 12
+    assert not [name for name in os.listdir(os.path.dirname(str(tmp_path / out)))
+                if name.startswith('.')]
+
+
+def test_every_image_gets_a_row_and_nothing_else_does(script, tmp_path):
+    """Endings in any case, any mode and size, odd names; other files and folders are counted."""
+    folder = tmp_path / 'ein Örtchen'
+    folder.mkdir()
+    images = {'a.PNG': ('L', (16, 16)), 'b.jpg': ('RGB', (32, 32)), 'c.JPEG': ('L', (28, 28)),
+              'd.bmp': ('P', (28, 28)), 'e.png': ('1', (1, 1)), 'f.png': ('RGBA', (40, 20)),
+              'g.png': ('LA', (28, 28)), 'h.png': ('I;16', (28, 28)), 'ö, "x" y.png': ('RGB', (28, 28)),
+              'k.jpeg': ('CMYK', (28, 28)), 'two.dots.png': ('RGB', (300, 300))}
+    rng = np.random.RandomState(0)
+    for name, (mode, size) in images.items():
+        if mode == 'I;16':
+            image = Image.fromarray(rng.randint(0, 65535, size[::-1]).astype(np.uint16))
+        else:
+            image = Image.fromarray(rng.randint(0, 256, size[::-1] + (3,)).astype(np.uint8)).convert(mode)
+        image.save(str(folder / name))
+    for name in ('.DS_Store', 'notes.txt', 'labels.csv', '._a.PNG', 'image.gif'):
+        (folder / name).write_text('no image')
+    (folder / 'folder.png').mkdir()
+    rows = script.label(folder, tmp_path / 'pred.csv')
+    assert [name for name, _ in rows] == sorted(images)
+    assert '6 other files or folders' in script.stdout and '11 images' in script.stdout
+
+
+def test_name_that_is_no_text(script, tmp_path):
+    """A file name whose bytes are no UTF-8 comes out as it went in."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    name = b'caf\xe9.png'
+    shutil.copy(os.path.join(DIGITS, '00003.png'), os.path.join(os.fsencode(str(folder)), name))
+    script.label(folder, tmp_path / 'pred.csv')
+    assert (tmp_path / 'pred.csv').read_bytes().split(b'\n')[1].split(b',')[0] == name
+
+
+@pytest.mark.parametrize('locale', ['C', 'C.UTF-8'])
+def test_locale(script, tmp_path, locale):
+    shutil.copytree(DIGITS, str(tmp_path / 'zwölf'))
+    assert len(script.label(tmp_path / 'zwölf', tmp_path / 'öut.csv', LC_ALL=locale)) == 12
+
+
+def test_prediction_depends_on_no_other_image(script, tmp_path):
+    """One image alone, all together, in batches of any size: the same labels."""
+    rows = script.label(DIGITS, tmp_path / 'all.csv')
+    alone = tmp_path / 'alone'
+    for name, label in rows[:3]:
+        shutil.rmtree(str(alone), ignore_errors=True)
+        alone.mkdir()
+        shutil.copy(os.path.join(DIGITS, name), str(alone))
+        assert script.label(alone, tmp_path / 'alone.csv') == [[name, label]]
+    for size in ('1', '5', '1000'):
+        result = run(['python3', script.program, '--images', DIGITS, '--target', 'mnistm', '--out',
+                      tmp_path / 'again.csv', '--batch_size', size], OMP_NUM_THREADS=size[0])
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / 'again.csv').read_bytes() == (tmp_path / 'all.csv').read_bytes()
+
+
+def test_more_than_one_chunk_of_images(script, tmp_path):
+    """2,100 links to the same images: rows in the order of the names, labels as ever."""
+    expected = dict(script.label(DIGITS, tmp_path / 'pred.csv'))
+    folder = tmp_path / 'many'
+    folder.mkdir()
+    for index in range(2100):
+        os.symlink(os.path.join(DIGITS, f'{index % 12:05d}.png'), str(folder / f'{index:05d}.png'))
+    rows = script.label(folder, tmp_path / 'many.csv')
+    assert [name for name, _ in rows] == [f'{index:05d}.png' for index in range(2100)]
+    assert all(label == expected[f'{index % 12:05d}.png'] for index, (_, label) in enumerate(rows))
+
+
+def test_file_that_is_no_image_stops_it(script, tmp_path):
+    """Its name and the reason on stderr, and no file at OUT, not even an old one's rest."""
+    shutil.copytree(DIGITS, str(tmp_path / 'digits'))
+    for content in (b'', b'no image', open(os.path.join(DIGITS, '00005.png'), 'rb').read()[:200]):
+        (tmp_path / 'digits' / '00005.png').write_bytes(content)
+        result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'])
+        assert_one_line(result, '00005.png', 'cannot be read as an image')
+        assert os.listdir(str(tmp_path)) == ['digits']
+
+
+@pytest.mark.parametrize('folder,words', [
+    ('nowhere', ['there is no folder', 'nowhere']), ('empty', ['holds no image']),
+    ('file', ['there is no folder'])])
+def test_folder_without_images(script, tmp_path, folder, words):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').write_text('')
+    assert_one_line(run(['bash', script.path, tmp_path / folder, 'usps', tmp_path / 'p.csv']), *words)
+    assert not (tmp_path / 'p.csv').exists()
+
+
+@pytest.mark.parametrize('arguments', [[], [DIGITS], [DIGITS, 'usps'], [DIGITS, 'usps', 'a.csv', 'b']])
+def test_usage(script, tmp_path, arguments):
+    result = run(['bash', script.path] + arguments, cwd=tmp_path)
+    assert_one_line(result, 'usage: bash ' + script.name, 'mnistm, svhn or usps', code=2)
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize('target', ['mnist', 'USPS', '', '../usps'])
+def test_unknown_target(script, tmp_path, target):
+    result = run(['bash', script.path, DIGITS, target, tmp_path / 'pred.csv'])
+    assert_one_line(result, f"'{target}'", 'mnistm, svhn or usps', code=2)
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_unwritable_places(script, tmp_path):
+    (tmp_path / 'file').write_text('')
+    for out in (tmp_path / 'file' / 'pred.csv', '/proc/pred.csv'):
+        assert_one_line(run(['bash', script.path, DIGITS, 'usps', out]), 'cannot write', 'pred.csv')
+    assert_one_line(run(['bash', script.path, DIGITS, 'usps', tmp_path]), 'is a folder')
+
+
+def test_called_through_a_link_from_elsewhere(script, copy_of_project, tmp_path):
+    """Only the checkpoint of the target is looked at."""
+    os.symlink(str(copy_of_project / script.name), str(tmp_path / 'link.sh'))
+    for target in ('mnistm', 'usps'):
+        (copy_of_project / 'checkpoints' / f'{script.problem}_{target}.pth').unlink()
+    result = run(['bash', 'link.sh', DIGITS, 'svhn', 'pred.csv'], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(read(str(tmp_path / 'pred.csv'))) == 12
+    result = run(['bash', 'link.sh', DIGITS, 'usps', 'usps.csv'], cwd=tmp_path)
+    assert_one_line(result, f'{script.problem}_usps.pth', 'no address is known')
+
+
+def test_checkpoints_are_small_and_of_their_target(script):
+    from models import load_checkpoint
+    for target in TARGETS:
+        path = script.checkpoint(target)
+        assert os.path.getsize(path) < 8e6
+        settings = load_checkpoint(path, script.problem)['settings']
+        assert settings['target'] == target and settings['seed'] == 0
+
+
+@pytest.mark.parametrize('ckpt,words', [
+    ('none.pth', ['none.pth', 'there is no checkpoint']), ('torn.pth', ['torn.pth', 'torn']),
+    ('other.pth', ['other.pth', 'p9_other'])])
+def test_bad_checkpoints(script, tmp_path, ckpt, words):
+    from models import save_checkpoint
+    with open(script.checkpoint('usps'), 'rb') as file:
+        (tmp_path / 'torn.pth').write_bytes(file.read(100000))
+    save_checkpoint(str(tmp_path / 'other.pth'), dict(problem='p9_other'))
+    result = run(['python3', script.program, '--images', DIGITS, '--target', 'usps', '--out', 'x.csv',
+                  '--ckpt', ckpt], cwd=tmp_path)
+    assert_one_line(result, *words)
+    assert not (tmp_path / 'x.csv').exists()
+
+
+WRONG = dict(
+    p3_dann=[['--train', '--setting', 'both'], ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
+    p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor']])
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['--images', 'x', '--out', 'y'], ['--train', '--plot'], ['--train', '--target', 'mnist'],
+    ['--train', '--target', 'usps', '--source', 'usps'], ['--train', '--source', 'usps'],
+    ['--train', '--ckpt', 'x.pth'], ['--images', 'x', '--target', 'usps'],
+    ['--train', '--steps', '0'], ['--train', '--seed', '-1'], 'own'])
+def test_wrong_flags(script, tmp_path, arguments):
+    for flags in WRONG[script.problem] if arguments == 'own' else [arguments]:
+        result = run(['python3', script.program] + flags, cwd=tmp_path)
+        assert_one_line(result, script.problem + '.py: error:', code=2)
+        assert os.listdir(str(tmp_path)) == []

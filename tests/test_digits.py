@@ -1,0 +1,220 @@
+"""The digits' data and DANN's maths: oracles by hand, wrong data through the real command line."""
+import math
+import os
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, run, write_rows
+
+import p3_dann
+from datasets import (DigitImages, augment_digits, balanced_rows, list_images, read_ahead,
+                      read_images)
+from models import (DigitEncoder, DigitNet, DomainDiscriminator, GradientReversal, predict,
+                    renew_statistics)
+
+CPU = torch.device('cpu')
+SMALL = dict(channels=[4, 6, 8], dropout=0.5)
+
+
+def test_gradient_reversal_against_autograd_by_hand():
+    x = torch.randn(4, 5, requires_grad=True)
+    weights = torch.randn(4, 5)
+    y = GradientReversal.apply(x, 0.3)
+    assert torch.equal(y, x)
+    (weights * y ** 2).sum().backward()
+    assert torch.allclose(x.grad, -0.3 * 2 * weights * x.detach(), atol=1e-6)
+
+
+def test_domain_loss_reaches_the_encoder_reversed_and_the_discriminator_as_it_is():
+    torch.manual_seed(0)
+    encoder, discriminator = torch.nn.Linear(3, 4), DomainDiscriminator(4, 8)
+    images = torch.randn(6, 3)
+
+    def gradients(strength):
+        features = encoder(images)
+        reverse = features if strength is None else GradientReversal.apply(features, strength)
+        scores = discriminator(reverse)
+        loss = p3_dann.domain_loss(scores[:3], scores[3:])
+        return [torch.autograd.grad(loss, net.parameters(), retain_graph=True)
+                for net in (encoder, discriminator)]
+    plain, reversed_ = gradients(None), gradients(0.5)
+    for one, other in zip(plain[0], reversed_[0]):
+        assert torch.allclose(other, -0.5 * one, atol=1e-7)
+    for one, other in zip(plain[1], reversed_[1]):
+        assert torch.allclose(other, one, atol=1e-7)
+
+
+def test_domain_loss_is_a_cross_entropy():
+    source, target = torch.randn(7), torch.randn(7)
+    logits = torch.cat([source, target])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, torch.cat([torch.ones(7), torch.zeros(7)]))
+    assert p3_dann.domain_loss(source, target).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_schedules():
+    steps = 1000
+    strengths = [p3_dann.reversal_at(step, steps) for step in range(steps + 1)]
+    assert strengths[0] == 0 and strengths[-1] == pytest.approx(p3_dann.REVERSAL, rel=1e-3)
+    assert strengths[100] == pytest.approx(p3_dann.REVERSAL * math.tanh(0.5))      # p = 0.1
+    assert all(later > earlier for earlier, later in zip(strengths, strengths[1:]))
+    rates = [p3_dann.learning_rate_at(step, steps) for step in range(1, steps + 1)]
+    assert rates.index(max(rates)) + 1 == p3_dann.LEARNING_RATE_WARM_UP
+    assert max(rates) == pytest.approx(p3_dann.LEARNING_RATE, rel=0.05)
+    assert 0 < rates[-1] < 1e-4 * max(rates)
+
+
+@pytest.mark.parametrize('config', [SMALL, p3_dann.NET])
+def test_shapes_of_the_nets(config):
+    net = DigitNet(**config)
+    features = net.encoder(torch.rand(3, 3, 28, 28))
+    assert features.shape == (3, net.features) and net(torch.rand(3, 3, 28, 28)).shape == (3, 10)
+    assert DomainDiscriminator(net.features, 8)(features).shape == (3,)
+
+
+def test_encoder_does_not_see_brightness_and_contrast():
+    encoder = DigitEncoder([4, 6, 8]).eval()
+    x = torch.rand(2, 3, 28, 28)
+    scale = torch.tensor([0.5, 2.0, 0.8]).view(1, 3, 1, 1)
+    assert torch.allclose(encoder(x), encoder(scale * x + 0.3), atol=1e-3)
+    assert not torch.allclose(encoder(x), encoder(1 - x), atol=1e-3)               # but polarity it does
+
+
+def test_renewed_statistics_are_those_of_the_images():
+    """Of one batch, the first batch norm's statistics are the mean and variance that reach it."""
+    net = DigitNet(**SMALL).eval()
+    images = torch.randint(0, 256, (40, 3, 28, 28), dtype=torch.uint8)
+    renew_statistics(net, images, CPU)
+    x = net.encoder.layers[0](torch.nn.functional.instance_norm(images.float() / 255))
+    norm = net.encoder.layers[1]
+    assert torch.allclose(norm.running_mean, x.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.running_var, x.transpose(0, 1).flatten(1).var(1), rtol=1e-4)
+    assert not net.training and norm.momentum == 0.1
+
+
+def test_prediction_depends_on_no_other_image():
+    net = DigitNet(**SMALL).eval()
+    images = torch.randint(0, 256, (33, 3, 28, 28), dtype=torch.uint8)
+    together = predict(net, images, CPU)
+    assert together.dtype == torch.int64
+    for batch_size in (1, 7, 32):
+        assert torch.equal(predict(net, images, CPU, batch_size), together)
+    order = torch.randperm(33)
+    assert torch.equal(predict(net, images[order], CPU), together[order])
+
+
+# data ---------------------------------------------------------------------------------------------
+
+def test_digits_come_sorted_whole_and_with_their_labels(data_dir):
+    for domain in ('mnistm', 'svhn', 'usps'):
+        digits = DigitImages(data_dir, domain, 'train')
+        assert digits.names == [f'{index:05d}.png' for index in range(40)]
+        assert digits.images.shape == (40, 3, 28, 28) and digits.images.dtype == torch.uint8
+        assert digits.labels.tolist() == [index % 10 for index in range(40)]
+    # USPS is grey
+    assert (digits.images[:, 0] == digits.images[:, 2]).all() and digits.images.max() > 200
+
+
+def test_read_ahead_gives_what_reading_at_once_gives(data_dir):
+    folder = os.path.join(data_dir, 'digits', 'svhn', 'train')
+    names = list_images(folder)
+    expected = read_images(folder, names, 28)
+    for chunk, counts in ((16, [16, 16, 8]), (40, [40]), (100, [40])):
+        parts = list(read_ahead(folder, names, 28, chunk))
+        assert [len(part) for part in parts] == counts and torch.equal(torch.cat(parts), expected)
+
+
+def test_augmentation_keeps_shapes_and_repeats_under_a_seed():
+    images = torch.rand(16, 3, 28, 28)
+    before = images.clone()
+    first, second = [augment_digits(images, 1.0, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert first.shape == images.shape and torch.equal(first, second) and torch.equal(images, before)
+    assert torch.isfinite(first).all() and -1.5 < first.min() and first.max() < 2.5
+    assert torch.equal(augment_digits(images, 0, torch.Generator().manual_seed(3)), images)
+    assert not torch.equal(first, augment_digits(images, 1.0, torch.Generator().manual_seed(4)))
+    # a black image has no contrast to stretch
+    assert torch.isfinite(augment_digits(torch.zeros(4, 3, 28, 28), 1.0, torch.Generator())).all()
+
+
+def test_weak_augmentation_is_a_small_change():
+    """At a hundredth of its strength an image hardly differs from itself, stretched to [0, 1]."""
+    images = torch.nn.functional.interpolate(torch.rand(64, 3, 5, 5), size=28, mode='bilinear',
+                                             align_corners=False)
+    low = images.flatten(1).min(1)[0].view(-1, 1, 1, 1)
+    high = images.flatten(1).max(1)[0].view(-1, 1, 1, 1)
+    changed = (augment_digits(images, 0.01, torch.Generator().manual_seed(0))
+               - (images - low) / (high - low)).abs().mean((1, 2, 3))
+    assert (changed < 0.02).sum() >= 60          # one in two hundred is inverted
+
+
+def test_augmentation_moves_a_dot_no_further_than_it_says():
+    """Two pixels, 15 degrees, shear and scale at 6 pixels from the centre: no more than 5 pixels."""
+    images = torch.zeros(200, 3, 28, 28)
+    images[:, :, 13:15, 19:21] = 1
+    changed = augment_digits(images, 1.0, torch.Generator().manual_seed(0))
+    grey = (changed - changed.flatten(2).median(2)[0].view(-1, 3, 1, 1)).abs().mean(1)
+    near = grey[:, 8:20, 14:26].flatten(1).max(1)[0]
+    assert (near >= grey.flatten(1).max(1)[0] - 0.35).float().mean() > 0.9
+
+
+def test_source_batches_hold_the_classes_in_equal_numbers():
+    """Of 1,000, 100 and 10 images each class is drawn a third of the times, every image in the end."""
+    labels = torch.tensor([0] * 1000 + [1] * 100 + [2] * 10)
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.cat([balanced_rows(labels, 64, rng) for _ in range(300)])
+    shares = torch.bincount(labels[rows]).float() / len(rows)
+    assert (shares - 1 / 3).abs().max() < 0.015
+    assert len(set(rows.tolist())) > 1100 and rows.max() == 1109
+    # a class that is missing is no error
+    assert set(balanced_rows(torch.tensor([0, 2]), 50, rng).tolist()) == {0, 1}
+
+
+# a student's mistakes, through the real command line ----------------------------------------------
+
+def no_label_column(folder):
+    write_rows(folder + '.csv', ['image_name', 'digit'], [[f'{i:05d}.png', 1] for i in range(40)])
+
+
+def label_of_ten(folder):
+    write_rows(folder + '.csv', ['image_name', 'label'],
+               [[f'{i:05d}.png', 10 if i == 7 else 1] for i in range(40)])
+
+
+def label_in_words(folder):
+    write_rows(folder + '.csv', ['image_name', 'label'],
+               [[f'{i:05d}.png', 'three' if i == 9 else 1] for i in range(40)])
+
+
+def torn_image(folder):
+    with open(os.path.join(folder, '00011.png'), 'r+b') as file:
+        file.truncate(60)
+
+
+def no_folder(folder):
+    os.rename(folder, folder + ' elsewhere')
+
+
+@pytest.mark.parametrize('spoil,words', [
+    (no_label_column, ['usps', 'train.csv', 'no column label']),
+    (label_of_ten, ['usps', 'train.csv', '00007.png']),
+    (label_in_words, ['usps', 'train.csv', '00009.png']),
+    (torn_image, ['usps', '00011.png', 'cannot be read']),
+    (no_folder, ['there is no folder', 'usps'])])
+def test_wrong_data(own_data_dir, tmp_path, spoil, words):
+    spoil(os.path.join(own_data_dir, 'digits', 'usps', 'train'))
+    result = run(['python3', os.path.join(ROOT, 'p3_dann.py'), '--train', '--target', 'mnistm',
+                  '--data_dir', own_data_dir, '--ckpt', tmp_path / 'run.pth', '--steps', '1'])
+    assert_one_line(result, *words)
+    assert not (tmp_path / 'run.pth').exists()
+
+
+def test_table_of_runs_is_the_assignments():
+    """Three scenarios, lower bound, DANN and upper bound, three seeds; one run a scenario is shipped."""
+    paths = [p3_dann.run_path(dict(p3_dann.DEFAULTS, target=target, source=source, setting=setting,
+                                   augment=augment, seed=seed))
+             for target, source in (('mnistm', 'usps'), ('svhn', 'mnistm'), ('usps', 'svhn'))
+             for setting, augment in p3_dann.ROWS for seed in p3_dann.SEEDS]
+    assert len(set(paths)) == 45
+    shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
+    assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',
+                                                            'p3_dann_usps.pth']
