@@ -336,19 +336,21 @@ def plot(args):
 def plot_table(base, title, rows):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
-    rows is a list of (label, records of the results log); both units are percent.
+    rows is a list of (label, records of the results log), of which those without a run are left out;
+    all values are in percent.
     """
     scenarios = [(source, target) for target, source in sorted(SOURCE_OF.items())]
-    lines, cells = [], []
+    lines, cells, rows = [], [], [row for row in rows if row[1]]
     for label, records in rows:
         cells.append([])
         for source, target in scenarios:
             values = [100 * record['accuracy'] for record in sorted(records, key=lambda one: one['seed'])
                       if (record['source'], record['target']) == (source, target)]
-            spread = np.std(values, ddof=1) if len(values) > 1 else float('nan')
-            lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values)]
-                         + [f'{value:.2f}' for value in [np.mean(values), spread] + values])
-            cells[-1].append(f'{np.mean(values):.1f} \u00b1 {spread:.1f}')
+            mean = f'{np.mean(values):.2f}' if values else ''
+            spread = f'{np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
+            lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
+                         + [f'{value:.2f}' for value in values])
+            cells[-1].append(f'{mean} \u00b1 {spread} ({len(values)})')
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
@@ -364,8 +366,8 @@ def plot_table(base, title, rows):
                                   for source, target in scenarios])
     table.auto_set_font_size(False)
     table.set_fontsize(10)
-    axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation over '
-                   f'{len(SEEDS)} seeds', fontsize=11)
+    axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)',
+                   fontsize=11)
     save_figure(base + '.png', figure)
 
 

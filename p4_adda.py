@@ -457,11 +457,11 @@ def plot_ablation(path, ours):
     labels = ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in PIECES]
     figure, axes = new_figure(10, 4.6)
     for colour, marker, (target, source) in zip(COLOURS, MARKERS, sorted(SOURCE_OF.items())):
-        values = [100 * record['accuracy'] for _, records in ours for record in records
+        points = [(x, 100 * record['accuracy']) for x, (_, records) in enumerate(ours) for record in records
                   if (record['target'], record['source'], record['seed']) == (target, source, 0)]
-        axes.plot(range(len(values)), values, marker + '-', color=colour,
+        axes.plot(*zip(*points), marker + '-', color=colour,
                   label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
-        for x, value in enumerate(values):
+        for x, value in points:
             axes.annotate(f'{value:.1f}', (x, value), xytext=(0, 6), textcoords='offset points',
                           ha='center', fontsize=7, color=colour)
     axes.set_xticks(range(len(labels)))
