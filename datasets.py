@@ -219,9 +219,10 @@ def augment_digits(images, strength, rng, backgrounds=None):
 
     An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees,
     sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; a smooth random
-    background is blended in, or that of backgrounds (N, 3, 28, 28), as MNIST-M was made (Ganin et al. 2016: the
-    absolute difference); colours are inverted in every second image and mixed by a random matrix; Gaussian noise is added.  0 changes
-    nothing; the result of another strength may leave [0, 1].
+    background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
+    2016: the absolute difference); it is blurred; colours are inverted in every second image and mixed
+    by a random matrix; Gaussian noise is added.  0 changes nothing; the result of another strength may
+    leave [0, 1].
     """
     if strength == 0:
         return images
@@ -247,6 +248,8 @@ def augment_digits(images, strength, rng, backgrounds=None):
         backgrounds = F.interpolate(torch.rand(count, 3, 6, 6, generator=rng), size=images.shape[2:],
                                     mode='bicubic', align_corners=False)
     x = (strength * uniform(-0.5, 1, 1, 1, 1).clamp(min=0) * backgrounds - x).abs()
+    blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), kernel_size=5, stride=1)
+    x = x + strength * uniform(-0.5, 1, 1, 1, 1).clamp(min=0) * (blurred - x)
     x = torch.where(uniform(0, 1, 1, 1, 1) < 0.5 * strength, 1 - x, x)
     mix = torch.eye(3) + strength * uniform(-0.4, 0.4, 3, 3)
     x = torch.einsum('nij,njhw->nihw', mix, x)

@@ -4,6 +4,7 @@ Constructors take plain keyword arguments, read no globals and print nothing, so
 can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
 """
 import contextlib
+import copy
 import glob
 import hashlib
 import io
@@ -171,7 +172,7 @@ class Discriminator(nn.Module):
 
 
 class GradientReversal(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by -strength (Ganin et al. 2016, eq. 17)."""
+    """The identity, whose gradient is multiplied by -strength (Ganin et al. 2016, section 4.2)."""
 
     @staticmethod
     def forward(ctx, x, strength):
@@ -321,21 +322,19 @@ def run_batches(function, device, *inputs, batch_size=50):
     return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*outputs))
 
 
-def renew_statistics(net, images, device):
-    """Give the batch norms of a net in eval() the statistics of (N, 3, H, W) uint8 images.
+def with_statistics(net, images, device):
+    """Return a copy of net in eval() whose batch norms have the statistics of uint8 (N, 3, H, W) images.
 
     Source: Li et al. 2016 (AdaBN, arXiv 1603.04779).
     """
-    norms = [module for module in net.to(device).modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
+    net = copy.deepcopy(net).to(device).eval()
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None               # a plain mean over the batches
         norm.train()
     run_batches(lambda batch: net(to_float(batch)), device, images, batch_size=250)
-    net.eval()
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
+    return net.eval()
 
 
 def predict(net, images, device, batch_size=250):
@@ -515,3 +514,20 @@ def read_log(path, last_step=float('inf')):
             if record.get('step', 0) <= last_step:
                 records.append(record)
     return records
+
+
+def is_complete(path, settings):
+    """Return whether the log at path is that of a finished run with these settings."""
+    records = read_log(path) if os.path.exists(path) else []
+    return bool(records) and records[-1]['kind'] == 'test' and records[0].get('settings') == settings
+
+
+def collect_results(path, logs):
+    """Write into one results log the settings and the accuracy of every finished run of these logs."""
+    folder, records = os.path.dirname(os.path.dirname(path)), []
+    for log in sorted(logs):
+        lines = read_log(log)
+        if lines and lines[-1]['kind'] == 'test' and not log.endswith('_last.jsonl'):
+            records.append(dict(lines[0]['settings'], kind='result', accuracy=lines[-1]['accuracy'],
+                                images=lines[-1]['images'], log=os.path.relpath(log, folder)))
+    write_log(path, records)

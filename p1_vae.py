@@ -208,11 +208,11 @@ def train(args):
     metrics = dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
                    **measure(vae.to(device).eval(), test.images, device))
     log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
-    write_log(base + '.jsonl', read_log(log.path))
     save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
                                     net=chosen['net'], settings=settings, metrics=metrics,
                                     command=command))
     write_sum(args.ckpt)
+    write_log(base + '.jsonl', read_log(log.path))
     print('{}: step {}, test MSE {mse:.5f} at {kl:.1f} nats'.format(
         args.ckpt, chosen['step'], **metrics))
 

@@ -323,12 +323,12 @@ def train(args):
     metrics = dict(images=len(test.names),
                    **measure(generator.to(device).eval(), judge, test.images, device))
     log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
-    write_log(base + '.jsonl', read_log(log.path))
     save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
                                     net=chosen['net'], settings=settings, metrics=metrics,
                                     command=command, progress=state['progress'],
                                     discriminator_config=critic))
     write_sum(args.ckpt)
+    write_log(base + '.jsonl', read_log(log.path))
     print('{}: step {}, Frechet distance to the test faces in latent means {frechet:.2f}'.format(
         args.ckpt, chosen['step'], **metrics))
 

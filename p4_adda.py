@@ -2,17 +2,19 @@
 
 Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder,
 and train the copy on target images until a discriminator cannot tell its features from those of the
-source encoder; the classifier stays as it is.  --pieces names what is added, each to be switched alone:
+source encoder; the classifier stays as it is.  Differences from the paper, in plain ADDA too: source batches
+hold the ten classes in equal numbers, and what is kept is an average of the weights over the steps
+(EMA) with the batch statistics of unlabelled target training images.  --pieces names what is added:
 
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
-    patches          those backgrounds are pieces of unlabelled target images
+    patches          those backgrounds are pieces of unlabelled target images (needs augment)
     anchor           source labels go on training the target encoder through the classifier
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
     diversity        the mean prediction over a batch is kept from collapsing (Liang et al. 2020, SHOT)
-    self_training    the last fifth of the steps has no other loss than teacher's and diversity's
+    self_training    the last fifth of the steps has no other loss than these two (needs teacher)
 
     bash hw3_p4.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p4_adda.py --train --target usps --pieces all --seed 0         train one cell of the table
@@ -20,7 +22,8 @@ source encoder; the classifier stays as it is.  --pieces names what is added, ea
     python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed and its last average is kept; shipped is seed 0 with all pieces.
-No target label is read; the test images are measured once, at the end of --train.
+No target label is read; the test images are measured once, at the end of --train.  Settings were set as
+in problem 3.
 """
 import argparse
 import copy
@@ -40,10 +43,10 @@ from datasets import (COLOURS, DIGIT_SIZE, DOMAIN_NAMES, MARKERS, SOURCE_OF, Dig
                       augment_digits, balanced_rows, draw_text, list_images, new_figure,
                       random_patches, read_ahead, run_command, save_figure, split_held_out, to_float,
                       write_predictions)
-from models import (DigitNet, DomainDiscriminator, RunLog, autocast, for_training, load_checkpoint,
-                    on_device, pick_device, pick_precision, plain_state, predict, read_log,
-                    renew_statistics, resume_run, run_batches, save_checkpoint, set_learning_rate,
-                    update_average, write_log, write_sum)
+from models import (DigitNet, DomainDiscriminator, RunLog, autocast, collect_results, for_training,
+                    is_complete, load_checkpoint, on_device, pick_device, pick_precision, plain_state,
+                    predict, read_log, resume_run, run_batches, save_checkpoint, set_learning_rate,
+                    update_average, with_statistics, write_log, write_sum)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROBLEM = 'p4_adda'
@@ -57,7 +60,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
 DEFAULTS = dict(
-    steps=4000,              # of one batch of each domain; the first quarter trains on the source alone
+    steps=6000,              # of one batch of each domain; the first quarter trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
@@ -65,7 +68,8 @@ DEFAULTS = dict(
     pieces=','.join(PIECES))
 LEARNING_RATE = 1e-3         # of Adam, at its peak, for encoder, classifier and discriminator
 LEARNING_RATE_WARM_UP = 100  # steps
-ADVERSARIAL = 0.1            # weight of the discriminator's verdict in the encoder's loss
+ADVERSARIAL = 0.1            # weight of the discriminator's verdict beside the pieces' losses; where it
+                             # is the only loss, Adam takes the same steps whatever its weight
 CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
 DIVERSITY = 0.1              # weight of the negative entropy of the mean prediction, in nats
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
@@ -138,18 +142,20 @@ def train(args):
         cell for pieces, seeds in ROWS for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
         for cell in [dict(pieces=pieces, target=target, seed=seed)]
         if all(getattr(args, name) in (None, value) for name, value in cell.items())]
+    if not cells:
+        raise UserError('no run of the table has these flags: add --target to train a run of its own')
     for cell in cells:
         given = dict({name: getattr(args, name) for name in DEFAULTS}, **cell)
         defaults = dict(DEFAULTS, source=SOURCE_OF[given['target']])
-        ckpt = args.ckpt or run_path(dict(defaults, **{
-            name: value for name, value in given.items() if value is not None}))
-        log = os.path.splitext(ckpt)[0] + '.jsonl'
-        if cell and args.resume and os.path.exists(log) and read_log(log)[-1]['kind'] == 'test':
-            print(f'{log} is complete', flush=True)
+        settings = dict(defaults, **{name: value for name, value in given.items() if value is not None})
+        ckpt = args.ckpt or run_path(settings)
+        if cell and args.resume and is_complete(os.path.splitext(ckpt)[0] + '.jsonl', settings):
+            print(f'{ckpt} is complete', flush=True)
         else:
             train_run(args, ckpt, given, defaults)
-    if not args.ckpt:
-        collect_results()
+        if not args.ckpt:
+            collect_results(RESULTS, glob.glob(os.path.join(glob.escape(RUNS), '*.jsonl')) + glob.glob(
+                os.path.join(glob.escape(HERE), 'checkpoints', PROBLEM + '_*.jsonl')))
 
 
 def run_path(settings):
@@ -177,7 +183,8 @@ def train_run(args, ckpt, given, defaults):
     # data
     source, target, test = [p3_dann.read_digits(args.data_dir, settings[domain], split) for domain, split in (
         ('source', 'train'), ('target', 'train'), ('target', 'test'))]
-    (training, held_out), (adapting, watched) = [split_held_out(len(one.names)) for one in (source, target)]
+    (training, held_out), (adapting, watched) = [
+        map(torch.from_numpy, split_held_out(len(one.names))) for one in (source, target)]
     unlabelled = target.images             # without its labels
     # nets
     config = dict(NET, normalise='normalise' in pieces) if state is None else state['config']
@@ -248,9 +255,10 @@ def train_run(args, ckpt, given, defaults):
                 # update: discriminator, on features of the source encoder and of the target encoder
                 with torch.no_grad(), autocast(device, precision):
                     source_features = source_net.encoder(x)
-                    of_source = discriminator_input(source_features, source_net.classifier(source_features),
-                                                    'conditional' in pieces)
-                of_target = discriminator_input(features, logits, 'conditional' in pieces)
+                # without dropout, by which the discriminator could tell the two apart
+                of_source, of_target = [
+                    discriminator_input(one.float(), net.classifier[-1](one.float()), 'conditional' in pieces)
+                    for one in (source_features, features)]
                 with autocast(device, precision):
                     verdicts = discriminator(of_source), discriminator(of_target.detach())
                 domain = p3_dann.domain_loss(*[verdict.float() for verdict in verdicts])
@@ -301,7 +309,7 @@ def train_run(args, ckpt, given, defaults):
                   f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
         # save
         if step % SAVE_EVERY == 0 or step == steps:
-            measured = with_statistics(average, unlabelled[adapting], device)
+            measured = with_statistics(average, unlabelled[adapting[:STATISTICS]], device)
             found = predict(measured, source.images[held_out], device) == source.labels[held_out]
             probabilities = run_batches(lambda batch: torch.softmax(measured(to_float(batch)), 1), device,
                                         unlabelled[watched])
@@ -318,13 +326,13 @@ def train_run(args, ckpt, given, defaults):
     state = load_checkpoint(base + '_last.pth', STATE)
     net = DigitNet(**config)
     net.load_state_dict(state['average'])
-    net = with_statistics(net, unlabelled[adapting], device)
+    net = with_statistics(net, unlabelled[adapting[:STATISTICS]], device)
     metrics = dict(images=len(test.names), accuracy=p3_dann.accuracy(net, test, device))
     log.add('test', step=steps, **metrics)
-    write_log(base + '.jsonl', read_log(log.path))
     save_checkpoint(ckpt, dict(problem=PROBLEM, step=steps, config=config, net=plain_state(net),
                                settings=settings, metrics=metrics, command=command))
     write_sum(ckpt)
+    write_log(base + '.jsonl', read_log(log.path))     # the last: it says that the run is complete
     print(f'{ckpt}: {100 * metrics["accuracy"]:.2f} % of the test images')
 
 
@@ -340,25 +348,6 @@ def view(images, unlabelled, rows, pieces, rng, device):
             patches = random_patches(to_float(unlabelled[chosen]), rng)
         images = augment_digits(images.cpu(), 1.0, rng, patches)
     return on_device(images, device)
-
-
-def with_statistics(net, images, device):
-    """Return a copy of net in eval() that has the batch statistics of STATISTICS of the images."""
-    net = copy.deepcopy(net)
-    renew_statistics(net, images[:STATISTICS], device)
-    return net
-
-
-def collect_results():
-    """Write the last record of every finished run of the default places into one results log."""
-    records = []
-    for path in sorted(glob.glob(os.path.join(RUNS, '*.jsonl'))
-                       + glob.glob(os.path.join(HERE, 'checkpoints', PROBLEM + '_*.jsonl'))):
-        log = read_log(path)
-        if log and log[-1]['kind'] == 'test':
-            records.append(dict(log[0]['settings'], kind='result', accuracy=log[-1]['accuracy'],
-                                images=log[-1]['images'], log=os.path.relpath(path, HERE)))
-    write_log(RESULTS, sorted(records, key=lambda one: one['log']))
 
 
 # ------------------------------------------------------------------------------------------- infer
@@ -400,7 +389,7 @@ def infer(args):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    results, bounds = read_log(RESULTS), read_log(p3_dann.RESULTS)
+    results, bounds = read_table(), p3_dann.read_table()
     ours = [(pieces, [record for record in results if record['pieces'] == pieces]) for pieces, _ in ROWS]
     lower, dann, upper = [[record for record in bounds if (record['setting'], record['augment'])
                            == (setting, p3_dann.DEFAULTS['augment'])] for setting in p3_dann.SETTINGS]
@@ -430,8 +419,14 @@ def plot(args):
     print(f'fourteen figures and tables are in {args.out}')
 
 
+def read_table():
+    """Return the records of the results log that belong to the table: its steps and batches."""
+    return [record for record in read_log(RESULTS)
+            if all(record[name] == DEFAULTS[name] for name in ('steps', 'batch_size'))]
+
+
 def plot_learning_curves(path, curves):
-    """fig4_4: losses, the discriminator's accuracy and the share of confident target images."""
+    """fig4_4: label loss, the discriminator's accuracy and the share of confident target images."""
     figure, axes = new_figure(13, 3.8, columns=3)
     for colour, (title, log) in zip(COLOURS, curves.items()):
         for one, name in ((axes[0], 'label_loss'), (axes[1], 'domain_accuracy')):
@@ -459,7 +454,7 @@ def plot_ablation(path, ours):
     for colour, marker, (target, source) in zip(COLOURS, MARKERS, sorted(SOURCE_OF.items())):
         points = [(x, 100 * record['accuracy']) for x, (_, records) in enumerate(ours) for record in records
                   if (record['target'], record['source'], record['seed']) == (target, source, 0)]
-        axes.plot(*zip(*points), marker + '-', color=colour,
+        axes.plot([x for x, _ in points], [value for _, value in points], marker + '-', color=colour,
                   label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
         for x, value in points:
             axes.annotate(f'{value:.1f}', (x, value), xytext=(0, 6), textcoords='offset points',
@@ -509,6 +504,9 @@ def parse_args(argv=None):
         chosen = {'all': PIECES, 'none': ()}.get(args.pieces, args.pieces.split(','))
         if not set(chosen) <= set(PIECES):
             parser.error('--pieces must be all, none or some of ' + ','.join(PIECES))
+        for piece, base in (('patches', 'augment'), ('self_training', 'teacher')):
+            if piece in chosen and base not in chosen:
+                parser.error(f'--pieces {piece} does nothing without {base}: add it')
         args.pieces = ','.join(piece for piece in PIECES if piece in chosen)
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error('--seed must lie in 0 .. 4294967295')

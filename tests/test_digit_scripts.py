@@ -39,7 +39,7 @@ def read(path):
     return lines[1:]
 
 
-@pytest.fixture(params=['p3_dann'])
+@pytest.fixture(params=['p3_dann', 'p4_adda'])
 def script(request):
     return Script(request.param)
 
@@ -209,7 +209,8 @@ def test_bad_checkpoints(script, tmp_path, ckpt, words):
 
 WRONG = dict(
     p3_dann=[['--train', '--setting', 'both'], ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
-    p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor']])
+    p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor'],
+             ['--train', '--pieces', 'patches'], ['--train', '--pieces', 'anchor,self_training']])
 
 
 @pytest.mark.parametrize('arguments', [

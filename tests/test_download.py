@@ -175,14 +175,34 @@ def test_not_found(copy_of_project, server):
     assert_one_line(draw(copy_of_project, server.url + '/missing'), 'p1_vae.pth', '/missing')
 
 
-def test_other_script_differs_in_names_alone():
-    """What is tested here of hw3_p1.sh holds for hw3_p2.sh, which has the same lines."""
-    with open(os.path.join(ROOT, 'hw3_p1.sh')) as one, open(os.path.join(ROOT, 'hw3_p2.sh')) as two:
-        expected = one.read()
-        for before, after in (('Problem 1', 'Problem 2'), ('the VAE', 'the GAN'), ('hw3_p1', 'hw3_p2'),
-                              ('p1_vae', 'p2_gan')):
-            expected = expected.replace(before, after)
-        assert two.read() == expected
+# What is tested here of hw3_p1.sh holds for the others, which have the same lines.
+
+def lines_of(script):
+    with open(os.path.join(ROOT, script)) as file:
+        return file.read()
+
+
+def test_script_of_problem_2_differs_in_names_alone():
+    expected = lines_of('hw3_p1.sh')
+    for before, after in (('Problem 1', 'Problem 2'), ('the VAE', 'the GAN'), ('hw3_p1', 'hw3_p2'),
+                          ('p1_vae', 'p2_gan')):
+        expected = expected.replace(before, after)
+    assert lines_of('hw3_p2.sh') == expected
+
+
+def test_script_of_problem_4_differs_in_names_alone():
+    expected = lines_of('hw3_p3.sh')
+    for before, after in (('Problem 3', 'Problem 4'), ('DANN', 'the improved ADDA'), ('hw3_p3', 'hw3_p4'),
+                          ('p3_dann', 'p4_adda')):
+        expected = expected.replace(before, after)
+    assert lines_of('hw3_p4.sh') == expected
+
+
+def test_scripts_of_the_digits_fetch_as_those_of_the_faces_do():
+    """From the file's name on to the call of the program they have the same lines."""
+    faces, digits = lines_of('hw3_p1.sh').replace('hw3_p1', 'hw3_p3'), lines_of('hw3_p3.sh')
+    start, end = 'file=$here', 'exec python3'
+    assert faces[faces.index(start):faces.index(end)] == digits[digits.index(start):digits.index(end)]
 
 
 def test_other_script_fetches_its_own_checkpoint(copy_of_project, server):

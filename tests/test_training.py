@@ -137,7 +137,9 @@ def test_log(trainer, unbroken):
 def test_rule_of_choice(trainer, unbroken):
     """Of faces the least held-out score; of digits the last average, whatever it scores."""
     if trainer.score is None:
-        assert load_checkpoint(str(unbroken), trainer.name)['step'] == 30
+        average, net = trainer.state(unbroken)['average'], trainer.weights(unbroken)
+        assert all(torch.equal(net[name], value) for name, value in average.items()
+                   if name.endswith(('weight', 'bias')))
         return
     held_out = records(unbroken, 'held_out')
     least = min(held_out, key=lambda record: record[trainer.score])
@@ -441,13 +443,43 @@ def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path):
                                   atol=1e-6), name
 
 
-@pytest.mark.parametrize('pieces', ['none', 'all'] + list(p4_adda.PIECES))
+def test_every_piece_changes_the_net(data_dir, tmp_path):
+    """The rows of the ablation, ten steps each: no two end with the same weights."""
+    trainer, found = Trainer('p4_adda'), []
+    for index, (pieces, _) in enumerate(p4_adda.ROWS):
+        ckpt = tmp_path / f'{index}.pth'
+        result = trainer.train(data_dir, ckpt, '--steps', '10', '--pieces', pieces or 'none')
+        assert result.returncode == 0, result.stderr
+        found.append(trainer.weights(ckpt))
+    assert not any(same(one, other) for one, other in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_batches_of_one(data_dir, tmp_path, name):
+    trainer, ckpt = Trainer(name), tmp_path / 'run.pth'
+    command = trainer.command(data_dir, ckpt, '--steps', '8', '--batch_size', '1')
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_flags_that_leave_no_run_of_the_table(data_dir, copy_of_project, name):
+    command = Trainer(name).command(data_dir, 'x.pth', '--seed', '7')
+    command[2] = command[2].replace(ROOT, str(copy_of_project))
+    for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
+        command.remove(word)
+    assert_one_line(run(command), 'no run of the table', '--target')
+    assert not (copy_of_project / 'checkpoints' / f'{name[:2]}_results.jsonl').exists()
+
+
+@pytest.mark.parametrize('pieces', ['none', 'all', 'normalise', 'augment', 'augment,patches', 'anchor',
+                                    'conditional', 'teacher', 'diversity', 'teacher,self_training'])
 def test_pieces_of_adda(data_dir, tmp_path, pieces):
-    """Every switch alone trains source and target; the log has what it brings and nothing else."""
+    """Every switch trains source and target; the log has what it brings and nothing else."""
     trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
     result = trainer.train(data_dir, ckpt, '--steps', '10', '--pieces', pieces)
     assert result.returncode == 0, result.stderr
-    chosen = {'none': [], 'all': p4_adda.PIECES}.get(pieces, [pieces])
+    chosen = {'none': [], 'all': p4_adda.PIECES}.get(pieces, pieces.split(','))
     assert load_checkpoint(str(ckpt), 'p4_adda')['settings']['pieces'] == ','.join(chosen)
     adversarial = {'domain_loss', 'domain_accuracy', 'fooling_loss'} | (
         {'label_loss'} if 'anchor' in chosen else set())
@@ -532,3 +564,24 @@ def test_figures(trainer, data_dir, tmp_path, unbroken):
     assert sorted(os.listdir(str(out))) == FIGURES[trainer.name]
     assert min(os.path.getsize(str(out / name)) for name in os.listdir(str(out))) > 3000
     assert open(str(unbroken).replace('.pth', '.jsonl')).read() == before
+
+
+def test_figures_of_problem_3_and_4(data_dir, tmp_path):
+    """--plot draws from the shipped weights and logs, here on a dozen test images of each domain."""
+    out = tmp_path / 'figures'
+    for name, count in (('p3_dann', 18), ('p4_adda', 14)):
+        result = run(['python3', os.path.join(ROOT, name + '.py'), '--plot', '--data_dir', data_dir,
+                      '--out', out])
+        assert result.returncode == 0, result.stderr
+        written = [file for file in os.listdir(str(out)) if file.startswith((f'fig{name[1]}', f'table{name[1]}'))]
+        assert len(written) == count, sorted(written)
+    assert min(os.path.getsize(str(out / name)) for name in os.listdir(str(out))) > 300
+    committed = [name for name in os.listdir(os.path.join(ROOT, 'figures'))
+                 if name.startswith(('fig3', 'fig4', 'table3', 'table4'))]
+    assert sorted(committed) == sorted(os.listdir(str(out)))
+
+
+def test_figures_of_the_digits_need_their_logs(data_dir, copy_of_project, tmp_path):
+    result = run(['python3', copy_of_project / 'p3_dann.py', '--plot', '--data_dir', data_dir, '--out',
+                  tmp_path / 'figures'])
+    assert_one_line(result, 'p3_results.jsonl', '--train')
