@@ -444,7 +444,7 @@ def plot_confusion(path, found):
 
 def plot_mistakes(path, found):
     """fig3_8: the 32 wrong predictions with the highest probability, most confident first."""
-    figure, all_axes = new_figure(10, 9.2, rows=3)
+    figure, all_axes = new_figure(10, 4.8, rows=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
         confidence, classes = probabilities.max(1)
         wrong = torch.nonzero(classes != digits.labels).flatten()
