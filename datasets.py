@@ -355,7 +355,8 @@ def write_predictions(path, names, labels):
 
 # ---------------------------------------------------------------------------------------- figures
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, with a shape for each; the last three are added
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and three more, with a shape for
+# each of the first seven
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000',
            '#882255', '#999999', '#666600')
 MARKERS = 'o^sDvP*'
@@ -420,4 +421,4 @@ def draw_points(axes, points, labels, names, markers=None):
         axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=COLOURS[label], marker=markers[label],
                      alpha=0.75, linewidths=0, label=f'{name} ({len(chosen)})')
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
-    axes.legend(markerscale=1.8)
+    axes.legend(markerscale=1.8, loc='upper left', bbox_to_anchor=(1, 1))      # beside the points
