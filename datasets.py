@@ -249,11 +249,11 @@ def augment_digits(images, strength, rng, backgrounds=None):
                                     mode='bicubic', align_corners=False)
     x = (strength * uniform(-0.5, 1, 1, 1, 1).clamp(min=0) * backgrounds - x).abs()
     blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode='replicate'), kernel_size=5, stride=1)
-    x = x + strength * uniform(-0.5, 1, 1, 1, 1).clamp(min=0) * (blurred - x)
+    x = x + strength * uniform(-1, 1, 1, 1, 1).clamp(min=0) * (blurred - x)
     x = torch.where(uniform(0, 1, 1, 1, 1) < 0.5 * strength, 1 - x, x)
-    mix = torch.eye(3) + strength * uniform(-0.4, 0.4, 3, 3)
+    mix = torch.eye(3) + strength * uniform(-0.2, 0.2, 3, 3)
     x = torch.einsum('nij,njhw->nihw', mix, x)
-    return x + strength * uniform(0, 0.1, 1, 1, 1) * torch.randn(x.shape, generator=rng)
+    return x + strength * uniform(0, 0.05, 1, 1, 1) * torch.randn(x.shape, generator=rng)
 
 
 def random_patches(images, rng):

@@ -197,11 +197,12 @@ class DigitEncoder(nn.Module):
         self.normalise = normalise
         layers, before = [], 3
         for index, after in enumerate(channels):                               # 28, 14, 7 pixels
-            for _ in range(1 if index == 0 else 2):
-                layers += [nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
-                           nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
+            for last in ([True] if index == 0 else [False, True]):
+                layers.append(nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False))
+                if last:       # before the norm, which then has a quarter of the work, for the same maxima
+                    layers.append(nn.MaxPool2d(2))
+                layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
                 before = after
-            layers.append(nn.MaxPool2d(2))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
@@ -323,7 +324,7 @@ def run_batches(function, device, *inputs, batch_size=50):
 
 
 def with_statistics(net, images, device):
-    """Return a copy of net in eval() whose batch norms have the statistics of uint8 (N, 3, H, W) images.
+    """Return a copy of net in eval() whose batch norms have the statistics of float (N, 3, H, W) images.
 
     Source: Li et al. 2016 (AdaBN, arXiv 1603.04779).
     """
@@ -333,7 +334,7 @@ def with_statistics(net, images, device):
         norm.reset_running_stats()
         norm.momentum = None               # a plain mean over the batches
         norm.train()
-    run_batches(lambda batch: net(to_float(batch)), device, images, batch_size=250)
+    run_batches(net, device, images, batch_size=250)
     return net.eval()
 
 

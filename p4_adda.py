@@ -10,7 +10,7 @@ added:
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
     patches          those backgrounds are pieces of unlabelled target images (needs augment)
-    anchor           source labels go on training the target encoder through the classifier
+    anchor           source labels go on training the target encoder, and the classifier with it
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
@@ -61,7 +61,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
 DEFAULTS = dict(
-    steps=6000,              # of one batch of each domain; the first quarter trains on the source alone
+    steps=4000,              # of one batch of each domain; the first quarter trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
@@ -69,12 +69,12 @@ DEFAULTS = dict(
     pieces=','.join(PIECES))
 LEARNING_RATE = 1e-3         # of Adam, at its peak, for encoder, classifier and discriminator
 LEARNING_RATE_WARM_UP = 100  # steps
-ADVERSARIAL = 0.1            # weight of the discriminator's verdict beside the pieces' losses; where it
+ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the pieces' losses; where it
                              # is the only loss, Adam takes the same steps whatever its weight
 CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
-DIVERSITY = 0.1              # weight of the negative entropy of the mean prediction, in nats
+DIVERSITY = 0.5              # weight of the negative entropy of the mean prediction, in nats
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
-STATISTICS = 5000            # training images that give the batch norms their statistics
+STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 50               # steps
 SAVE_EVERY = 500             # steps
 
@@ -83,6 +83,9 @@ ROWS = tuple((','.join(PIECES[:count]), (0, 1, 2) if count in (0, len(PIECES)) e
              for count in range(len(PIECES) + 1))
 RUNS = os.path.join(HERE, 'checkpoints', 'p4_runs')
 RESULTS = os.path.join(HERE, 'checkpoints', 'p4_results.jsonl')
+
+# as p3_dann.PUBLISHED, of a method other than DANN
+PUBLISHED = (68.0, 59.2, 86.1)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -183,6 +186,8 @@ def train_run(args, ckpt, given, defaults):
     (training, held_out), (adapting, watched) = [
         map(torch.from_numpy, split_held_out(len(one.names))) for one in (source, target)]
     unlabelled = target.images             # without its labels
+    seen = view(to_float(unlabelled[adapting[:STATISTICS]]), unlabelled, adapting, pieces,
+                torch.Generator().manual_seed(settings['seed']), torch.device('cpu'))
     # nets
     config = dict(NET, normalise='normalise' in pieces) if state is None else state['config']
     net = for_training(DigitNet(**config), device)
@@ -190,9 +195,9 @@ def train_run(args, ckpt, given, defaults):
         net.features * (10 if 'conditional' in pieces else 1), DISCRIMINATOR_HIDDEN), device)
     average, source_net = copy.deepcopy(net).eval(), copy.deepcopy(net).eval()
     # optimizers
-    source_optimizer, encoder_optimizer, discriminator_optimizer = optimizers = [
+    source_optimizer, target_optimizer, discriminator_optimizer = optimizers = [
         torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
-        for module in (net, net.encoder, discriminator)]
+        for module in (net, net if 'anchor' in pieces else net.encoder, discriminator)]
     # resume
     step, seconds = 0, 0.0
     if state is not None:
@@ -215,6 +220,7 @@ def train_run(args, ckpt, given, defaults):
                 device=device.type, precision=precision, threads=torch.get_num_threads(),
                 torch=torch.__version__,
                 parameters=sum(parameter.numel() for parameter in net.parameters()))
+    sums, counts = {}, {}                  # of the scalars since the last record
     start = time.time() - seconds
     # loop
     for step in range(step + 1, steps + 1):
@@ -242,7 +248,7 @@ def train_run(args, ckpt, given, defaults):
                 net.load_state_dict(average.state_dict())
             adversarial = step <= last or 'self_training' not in pieces
             learning_rate = learning_rate_at(step - first, steps - first)
-            for optimizer in (encoder_optimizer, discriminator_optimizer):
+            for optimizer in (target_optimizer, discriminator_optimizer):
                 set_learning_rate(optimizer, learning_rate)
             with autocast(device, precision):
                 features = net.encoder(view(target_x, unlabelled, adapting, pieces, rng, device))
@@ -285,28 +291,32 @@ def train_run(args, ckpt, given, defaults):
                 diversity = diversity_loss(logits.float())
                 loss = loss + DIVERSITY * diversity
                 scalars['diversity_loss'] = diversity.detach()
-            # update: target encoder; the classifier stays as it is
-            encoder_optimizer.zero_grad()
+            # update: target encoder; the classifier stays as it is, but for anchor
+            target_optimizer.zero_grad()
             loss.backward()
-            encoder_optimizer.step()
+            target_optimizer.step()
         scalars['learning_rate'] = learning_rate
         update_average(average, net, min(AVERAGE_DECAY, step / (step + 20)))
-        # log
+        # log: means since the last record
+        for name, value in scalars.items():
+            sums[name], counts[name] = sums.get(name, 0) + value, counts.get(name, 0) + 1
         if step % LOG_EVERY == 0 or step == steps:
-            if not math.isfinite(loss.item()):
-                raise UserError(f'the loss is {loss.item()} at step {step}: the last good save, if there '
+            means = {name: float(total) / counts[name] for name, total in sums.items()}
+            if not all(math.isfinite(value) for value in means.values()):
+                raise UserError(f'a loss is not finite near step {step}: the last good save, if there '
                                 f'is one, stays in {base}_last.pth; start anew with another --seed')
+            sums, counts = {}, {}
             seconds = time.time() - start
             speed = step * batch_size / seconds
-            log.add('train', step=step, images_per_second=speed,
-                    **{name: float(value) for name, value in scalars.items()})
+            log.add('train', step=step, images_per_second=speed, **means)
             left = int((steps - step) * batch_size / speed)
-            print(f'{os.path.basename(base)}  step {step}/{steps}  loss {loss.item():.3f}  '
-                  f'confident {float(scalars.get("confident_share", 0)):.2f}  {speed:.0f} images/s  '
+            print(f'{os.path.basename(base)}  step {step}/{steps}  label loss '
+                  f'{means.get("label_loss", float("nan")):.3f}  '
+                  f'confident {means.get("confident_share", 0):.2f}  {speed:.0f} images/s  '
                   f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
         # save
         if step % SAVE_EVERY == 0 or step == steps:
-            measured = with_statistics(average, unlabelled[adapting[:STATISTICS]], device)
+            measured = with_statistics(average, seen, device)
             found = predict(measured, source.images[held_out], device) == source.labels[held_out]
             probabilities = run_batches(lambda batch: torch.softmax(measured(to_float(batch)), 1), device,
                                         unlabelled[watched])
@@ -323,7 +333,7 @@ def train_run(args, ckpt, given, defaults):
     state = load_checkpoint(base + '_last.pth', STATE)
     net = DigitNet(**config)
     net.load_state_dict(state['average'])
-    net = with_statistics(net, unlabelled[adapting[:STATISTICS]], device)
+    net = with_statistics(net, seen, device)
     metrics = dict(images=len(test.names), accuracy=p3_dann.accuracy(net, test, device))
     log.add('test', step=steps, **metrics)
     save_checkpoint(ckpt, dict(problem=PROBLEM, step=steps, config=config, net=plain_state(net),

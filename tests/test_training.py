@@ -571,15 +571,16 @@ def test_figures(trainer, data_dir, tmp_path, unbroken):
     assert open(str(unbroken).replace('.pth', '.jsonl')).read() == before
 
 
-def test_figures_of_problem_3(data_dir, tmp_path):
+@pytest.mark.parametrize('program,number,count', [('p3_dann.py', 3, 18), ('p4_adda.py', 4, 14)])
+def test_figures_of_the_digits(data_dir, tmp_path, program, number, count):
     """--plot draws from the shipped weights and logs, here on a dozen test images of each domain."""
     out = tmp_path / 'figures'
-    result = run(['python3', os.path.join(ROOT, 'p3_dann.py'), '--plot', '--data_dir', data_dir, '--out', out])
+    result = run(['python3', os.path.join(ROOT, program), '--plot', '--data_dir', data_dir, '--out', out])
     assert result.returncode == 0, result.stderr
     assert min(os.path.getsize(str(out / name)) for name in os.listdir(str(out))) > 300
     committed = [name for name in os.listdir(os.path.join(ROOT, 'figures'))
-                 if name.startswith(('fig3', 'table3'))]
-    assert len(committed) == 18 and sorted(committed) == sorted(os.listdir(str(out)))
+                 if name.startswith((f'fig{number}', f'table{number}'))]
+    assert len(committed) == count and sorted(committed) == sorted(os.listdir(str(out)))
 
 
 def test_figures_of_the_digits_need_their_logs(data_dir, copy_of_project, tmp_path):

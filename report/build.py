@@ -1,0 +1,150 @@
+"""Build hw3_studentID.pdf from report.typ, the figures and the logs.
+
+    pip install typst
+    python3 p1_vae.py --plot (p2_gan.py, p3_dann.py, p4_adda.py), if a training is newer than figures/
+    python3 report/build.py
+
+No number of the text is typed by hand: values() takes them from the logs in checkpoints/ and from the
+settings in the four scripts, and report.typ names them.
+"""
+import json
+import os
+import sys
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+import p1_vae                                                                       # noqa: E402
+import p2_gan                                                                       # noqa: E402
+import p3_dann                                                                      # noqa: E402
+import p4_adda                                                                      # noqa: E402
+from datasets import DOMAIN_NAMES, SOURCE_OF                                         # noqa: E402
+from models import read_log                                                         # noqa: E402
+
+CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
+PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
+
+
+def read(*parts):
+    return read_log(os.path.join(CHECKPOINTS, *parts))
+
+
+def training(log):
+    """What the first record and the last measured speed of a training's log say, as texts."""
+    run = next(record for record in log if record['kind'] == 'run')
+    last = [record for record in log if record['kind'] == 'train'][-1]
+    images = last['step'] * run['settings']['batch_size']
+    return dict(images=f'{images:,}', epochs=f'{images / run["training_images"]:.0f}',
+                minutes=f'{images / last["images_per_second"] / 60:.0f}', steps=f'{last["step"]:,}',
+                batch=f'{run["settings"]["batch_size"]}', threads=f'{run["threads"]}',
+                precision=run['precision'], parameters=f'{run["parameters"] / 1e6:.2f}',
+                training_images=f'{run["training_images"]:,}', held_out=f'{run["held_out"]}',
+                torch=run['torch'].split('+')[0])
+
+
+def numbers(module, *names):
+    """The settings of a script as texts, without trailing zeros."""
+    return {name: f'{getattr(module, name):g}' for name in names}
+
+
+def vae_values():
+    log, curve = read('p1_vae.jsonl'), read('p1_linear_code.jsonl')
+    names = [name for name in sorted(os.listdir(os.path.join(CHECKPOINTS, 'p1_lambda')))
+             if name.endswith('.jsonl') and not name.endswith('_last.jsonl')]
+    test = log[-1]
+    rows = sorted([read('p1_lambda', name)[-1] for name in names] + [test],
+                  key=lambda record: record['lambda_kl'])
+    linear = sorted((record['rate'], record['distortion']) for record in curve)
+    table = [[f'{row["lambda_kl"]:.0e}', f'{row["kl"]:.1f}', f'{row["mse"]:.4f}',
+              f'{row["mse"] / np.interp(row["kl"], *zip(*linear)):.2f}'] for row in rows]
+    return dict(training(log), table=table, kl=f'{test["kl"]:.1f}', mse=f'{test["mse"]:.4f}',
+                chosen=f'{test["chosen_step"]:,}', test=f'{test["images"]:,}',
+                kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
+                published_kl=f'{p1_vae.PUBLISHED[0]:g}', published_mse=f'{p1_vae.PUBLISHED[1]:.4f}',
+                lambda_kl=f'{p1_vae.DEFAULTS["lambda_kl"]:g}', latent=f'{p1_vae.NET["latent_dim"]}',
+                **numbers(p1_vae, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP',
+                          'GRADIENT_NORM', 'AVERAGE_DECAY'))
+
+
+def gan_values():
+    log = read('p2_gan.jsonl')
+    rows = read('samples.jsonl')
+    table = [[row['label'], f'{row["images"]:,}' if row['images'] else '', f'{row["own"]:.2f}',
+              f'{row["detected"]:.3f}', f'{row["frechet"]:.2f}', f'{row["nearest"]:.3f}',
+              f'{row["copied"]:.2f}'] for row in rows]
+    settings = next(record for record in log if record['kind'] == 'run')['settings']
+    methods = [[name, method['norm'], '{:g} / {:g}'.format(*method['learning_rates']),
+                '{:g}, {:g}'.format(*method['betas']), str(method['generator_every'])]
+               for name, method in p2_gan.METHODS.items()]
+    by_name = {row['what'].replace('/', '_'): dict(zip(
+        ('label', 'images', 'own', 'detected', 'frechet', 'nearest', 'copied'), cells))
+        for row, cells in zip(rows, table)}
+    return dict(training(log), table=table, methods=methods, method=settings['method'],
+                augment=f'{settings["augment"]:g}', chosen=f'{log[-1]["chosen_step"]:,}',
+                trained=sorted({read('p2_methods', name)[0]['settings']['method'] for name in os.listdir(
+                    os.path.join(CHECKPOINTS, 'p2_methods'))
+                    if name.endswith('.jsonl') and not name.endswith('_last.jsonl')}),
+                latent=f'{p2_gan.NET["latent_dim"]}', **dict(by_name, **numbers(
+                    p2_gan, 'PENALTY', 'AVERAGE_DECAY', 'SCORED')))
+
+
+def accuracies(records, target, **wanted):
+    """Accuracies in percent of the assignment's pair with this target, in the order of their seeds."""
+    wanted.update(target=target, source=SOURCE_OF[target])
+    return [100 * record['accuracy'] for record in sorted(records, key=lambda one: one['seed'])
+            if all(record[name] == value for name, value in wanted.items())]
+
+
+def digit_values():
+    dann, adda = p3_dann.read_table(), p4_adda.read_table()
+    rows = {'lower_plain': (dann, dict(setting='source', augment=0.0)),
+            'lower': (dann, dict(setting='source', augment=1.0)),
+            'dann_plain': (dann, dict(setting='dann', augment=0.0)),
+            'dann': (dann, dict(setting='dann', augment=1.0)),
+            'plain': (adda, dict(pieces='')),
+            'improved': (adda, dict(pieces=p4_adda.DEFAULTS['pieces'])),
+            'upper': (dann, dict(setting='target', augment=1.0))}
+    means = {}
+    for target in sorted(SOURCE_OF):
+        for name, (records, wanted) in rows.items():
+            values = accuracies(records, target, **wanted)
+            means[f'{target}_{name}'] = f'{np.mean(values):.1f}' if values else 'not measured'
+    ablation = [[label] + [f'{value:.1f}' for target in sorted(SOURCE_OF) for value in accuracies(
+        adda, target, pieces=pieces, seed=0)] for label, (pieces, _) in zip(
+            ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in p4_adda.PIECES], p4_adda.ROWS)]
+    return dict(
+        means, scenarios=[f'{DOMAIN_NAMES[SOURCE_OF[target]]} → {DOMAIN_NAMES[target]}'
+                          for target in sorted(SOURCE_OF)],
+        ablation=ablation if all(len(row) == 4 for row in ablation) else [],
+        dann=dict(training(read('p3_dann_svhn.jsonl')), channels=', '.join(map(str, p3_dann.NET['channels'])),
+                  dropout=f'{p3_dann.NET["dropout"]:g}', hidden=str(p3_dann.DISCRIMINATOR_HIDDEN),
+                  **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL',
+                            'AVERAGE_DECAY', 'STATISTICS')),
+        adda=dict(training(read('p4_adda_svhn.jsonl')),
+                  **numbers(p4_adda, 'LEARNING_RATE', 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY',
+                            'AVERAGE_DECAY')))
+
+
+def values():
+    """All that report.typ prints of results and settings: texts and tables of texts."""
+    return dict(vae=vae_values(), gan=gan_values(), digits=digit_values(),
+                published=[f'{value:g}' for value in p3_dann.PUBLISHED])
+
+
+def main(pdf=PDF):
+    import typst
+    temporary = f'{pdf}.{os.getpid()}'
+    try:
+        typst.compile(os.path.join(HERE, 'report.typ'), output=temporary, format='pdf', root=ROOT,
+                      ignore_system_fonts=True, sys_inputs=dict(values=json.dumps(values())))
+        os.replace(temporary, pdf)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    print(pdf)
+
+
+if __name__ == '__main__':
+    main()
