@@ -199,7 +199,7 @@ class DigitEncoder(nn.Module):
         for index, after in enumerate(channels):                               # 28, 14, 7 pixels
             for last in ([True] if index == 0 else [False, True]):
                 layers.append(nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False))
-                if last:       # before the norm, which then has a quarter of the work, for the same maxima
+                if last:       # before the norm, which then has a quarter of the work
                     layers.append(nn.MaxPool2d(2))
                 layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
                 before = after

@@ -5,7 +5,8 @@ image by image, the two domains pass through the nets in batches of their own, s
 ten classes in equal numbers, images are augmented, and what is kept is an average of the weights over
 the training steps (EMA) with the batch statistics of unlabelled target training images, augmented as
 they are in training.  The lower bound (--setting source) and the upper bound (--setting target) have
-the same net, batches, augmentation and schedule, but no domain discriminator.
+the same net, batches, augmentation and schedule, but no domain discriminator, and the batch statistics
+of the images that they are trained on.
 
     bash hw3_p3.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p3_dann.py --train --target usps --setting dann --seed 0       train one cell of the table
@@ -363,13 +364,14 @@ def plot_table(base, title, rows):
             mean = f'{np.mean(values):.2f}' if values else ''
             spread = f'{np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
             lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
-                         + [f'{value:.2f}' for value in values])
+                         + [f'{value:.2f}' for value in values] + [''] * (len(SEEDS) - len(values)))
             cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})')
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
             writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['row', 'source', 'target', 'runs', 'mean', 'spread', 'one run each ...'])
+            writer.writerow(['row', 'source', 'target', 'runs', 'mean', 'spread']
+                            + [f'run {index + 1}' for index in range(len(SEEDS))])
             writer.writerows(lines)
     write_whole(base + '.csv', write)
     figure, axes = new_figure(9.5, 0.36 * len(rows) + 1.0)
@@ -423,7 +425,7 @@ def plot_learning_curves(path, curves):
                 yscale='log')
     axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[2].set(title='Held-out source images (averaged weights)', ylabel='accuracy (%)')
+    axes[2].set(title='Held-out source images, with the target\'s statistics', ylabel='accuracy (%)')
     for one in axes:
         one.set_xlabel('training step')
         one.grid(True, alpha=0.25)

@@ -10,7 +10,7 @@ added:
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
     patches          those backgrounds are pieces of unlabelled target images (needs augment)
-    anchor           source labels go on training the target encoder, and the classifier with it
+    anchor           source labels go on training the target encoder; every loss trains the classifier too
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
@@ -310,9 +310,9 @@ def train_run(args, ckpt, given, defaults):
             speed = step * batch_size / seconds
             log.add('train', step=step, images_per_second=speed, **means)
             left = int((steps - step) * batch_size / speed)
-            print(f'{os.path.basename(base)}  step {step}/{steps}  label loss '
-                  f'{means.get("label_loss", float("nan")):.3f}  '
-                  f'confident {means.get("confident_share", 0):.2f}  {speed:.0f} images/s  '
+            shown = '  '.join(f'{name.replace("_", " ")} {means[name]:.3f}' for name in (
+                'label_loss', 'fooling_loss', 'confident_share') if name in means)
+            print(f'{os.path.basename(base)}  step {step}/{steps}  {shown}  {speed:.0f} images/s  '
                   f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
         # save
         if step % SAVE_EVERY == 0 or step == steps:

@@ -1,12 +1,13 @@
 """Build hw3_studentID.pdf from report.typ, the figures and the logs.
 
-    pip install typst
+    pip install typst==0.15.2
     python3 p1_vae.py --plot (p2_gan.py, p3_dann.py, p4_adda.py), if a training is newer than figures/
     python3 report/build.py
 
 No number of the text is typed by hand: values() takes them from the logs in checkpoints/ and from the
 settings in the four scripts, and report.typ names them.
 """
+import argparse
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
-from datasets import DOMAIN_NAMES, SOURCE_OF                                         # noqa: E402
+from datasets import DOMAIN_NAMES, SOURCE_OF, UserError, run_command, write_whole                                     # noqa: E402
 from models import read_log                                                         # noqa: E402
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
@@ -81,7 +82,7 @@ def gan_values():
     by_name = {row['what'].replace('/', '_'): dict(zip(
         ('label', 'images', 'own', 'detected', 'frechet', 'nearest', 'copied'), cells))
         for row, cells in zip(rows, table)}
-    return dict(training(log), table=table, methods=methods, method=settings['method'],
+    return dict(training(log), n=f'{rows[0]["n"]:,}', table=table, methods=methods, method=settings['method'],
                 augment=f'{settings["augment"]:g}', chosen=f'{log[-1]["chosen_step"]:,}',
                 trained=sorted({read('p2_methods', name)[0]['settings']['method'] for name in os.listdir(
                     os.path.join(CHECKPOINTS, 'p2_methods'))
@@ -111,11 +112,17 @@ def digit_values():
         for name, (records, wanted) in rows.items():
             values = accuracies(records, target, **wanted)
             means[f'{target}_{name}'] = f'{np.mean(values):.1f}' if values else 'not measured'
+    told_apart = {}                        # by the discriminator, in the last record that has it
+    for name in (p3_dann.PROBLEM, p4_adda.PROBLEM):
+        for target in sorted(SOURCE_OF):
+            shares = [record['domain_accuracy'] for record in read(f'{name}_{target}.jsonl')
+                      if 'domain_accuracy' in record]
+            told_apart[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}'
     ablation = [[label] + [f'{value:.1f}' for target in sorted(SOURCE_OF) for value in accuracies(
         adda, target, pieces=pieces, seed=0)] for label, (pieces, _) in zip(
             ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in p4_adda.PIECES], p4_adda.ROWS)]
     return dict(
-        means, scenarios=[f'{DOMAIN_NAMES[SOURCE_OF[target]]} → {DOMAIN_NAMES[target]}'
+        means, told_apart=told_apart, scenarios=[f'{DOMAIN_NAMES[SOURCE_OF[target]]} → {DOMAIN_NAMES[target]}'
                           for target in sorted(SOURCE_OF)],
         ablation=ablation if all(len(row) == 4 for row in ablation) else [],
         dann=dict(training(read('p3_dann_svhn.jsonl')), channels=', '.join(map(str, p3_dann.NET['channels'])),
@@ -130,20 +137,30 @@ def digit_values():
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
     return dict(vae=vae_values(), gan=gan_values(), digits=digit_values(),
-                published=[f'{value:g}' for value in p3_dann.PUBLISHED])
+                published=[f'{value:.1f}' for value in p3_dann.PUBLISHED])
 
 
-def main(pdf=PDF):
-    import typst
-    temporary = f'{pdf}.{os.getpid()}'
+def build(args):
     try:
-        typst.compile(os.path.join(HERE, 'report.typ'), output=temporary, format='pdf', root=ROOT,
-                      ignore_system_fonts=True, sys_inputs=dict(values=json.dumps(values())))
-        os.replace(temporary, pdf)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    print(pdf)
+        import typst
+    except ImportError:
+        raise UserError('typst is not installed: pip install typst==0.15.2')
+
+    def write(temporary):
+        try:
+            typst.compile(os.path.join(HERE, 'report.typ'), output=temporary, root=ROOT,
+                          ignore_system_fonts=True, sys_inputs=dict(values=json.dumps(values())))
+        except typst.TypstError as error:
+            raise UserError(f'report.typ does not compile ({" ".join(str(error).split())[:200]}): if a figure is '
+                            'missing, let the --plot of its problem draw it')
+    write_whole(args.out, write)
+    print(args.out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default=PDF, help='PDF to write (hw3_studentID.pdf)')
+    run_command(build, parser.parse_args(argv))
 
 
 if __name__ == '__main__':

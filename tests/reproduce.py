@@ -27,7 +27,8 @@ def bash(*words):
     variables = dict(os.environ)
     variables['PATH'] = os.path.dirname(sys.executable) + os.pathsep + variables['PATH']
     start = time.time()
-    subprocess.run(['bash'] + list(words), check=True, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
+    if subprocess.run(['bash'] + list(words), cwd=ROOT, env=variables, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f'bash {" ".join(words)} failed, for the reason above: mend it and start again')
     return time.time() - start
 
 
@@ -71,7 +72,8 @@ def main():
     parser.add_argument('--unpack', help='unpack.py of the data kit, which writes --data_dir anew')
     args = parser.parse_args()
     if args.unpack:
-        subprocess.run([sys.executable, args.unpack, args.data_dir], check=True)
+        if subprocess.run([sys.executable, args.unpack, args.data_dir]).returncode:
+            sys.exit(f'{args.unpack} failed, for the reason above: name the unpack.py of the data kit')
     data_dir = os.path.abspath(args.data_dir)
     if not os.path.isdir(os.path.join(data_dir, 'digits')):
         sys.exit(f'there is no {os.path.join(data_dir, "digits")}: name another --data_dir, or --unpack the kit')

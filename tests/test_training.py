@@ -343,6 +343,25 @@ def test_log_of_the_gan_has_means_over_its_steps(own_data_dir, tmp_path):
     assert scores[1][0] == pytest.approx(sum(scores[0]) / 5, rel=1e-4)
 
 
+@pytest.mark.parametrize('name', DIGITS)
+def test_log_of_the_digits_has_means_over_its_steps(data_dir, tmp_path, name):
+    """Over those that have the loss: ADDA's last two steps of ten have no label loss."""
+    losses = []
+    for log_every in (1, 5):
+        trainer, ckpt = Trainer(name), tmp_path / f'{log_every}.pth'
+        command = trainer.command(data_dir, ckpt, '--steps', '10')
+        command[2] = command[2].replace('program.main()', f'program.LOG_EVERY = {log_every}; program.main()')
+        result = run(command)
+        assert result.returncode == 0, result.stderr
+        losses.append([record.get('label_loss') for record in records(ckpt, 'train')])
+    single, means = losses
+    assert len(single) == 10 and len(means) == 2
+    for mean, window in zip(means, (single[:5], single[5:])):
+        there = [loss for loss in window if loss is not None]
+        assert mean == pytest.approx(sum(there) / len(there), rel=1e-4)
+    assert (None in single) == (name == 'p4_adda')
+
+
 def test_augmentation_of_the_gan_can_be_turned_off(data_dir, tmp_path):
     trainer, one, two = Trainer('p2_gan'), tmp_path / 'one.pth', tmp_path / 'two.pth'
     assert trainer.train(data_dir, one, '--steps', '2').returncode == 0
@@ -417,12 +436,16 @@ def test_any_pair_of_domains(data_dir, tmp_path, name):
         assert (settings['source'], settings['target']) == (source, target)
 
 
-def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path):
-    """Of 40 steps the first ten train them, the others the target encoder alone; the teacher follows it."""
+@pytest.mark.parametrize('pieces', ['none', 'all'])
+def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path, pieces):
+    """Of 40 steps the first ten train them, the others the target encoder alone; the teacher follows it.
+
+    With anchor the others train the classifier too.
+    """
     trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
     states = []
     for step in (10, 39, 40):
-        command = trainer.command(data_dir, ckpt, '--steps', '40', '--resume', every=1)
+        command = trainer.command(data_dir, ckpt, '--steps', '40', '--pieces', pieces, '--resume', every=1)
         command[2] = command[2].replace(
             'program.main()', 'save = program.save_checkpoint; program.save_checkpoint = lambda path, '
             f'state: (save(path, state), state["step"] == {step} and sys.exit(9)); program.main()')
@@ -432,7 +455,7 @@ def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path):
     assert [state['step'] for state in states] == [10, 39, 40]
     for name, value in after['net'].items():
         if name.startswith('classifier'):
-            assert torch.equal(value, source['average'][name])
+            assert torch.equal(value, source['average'][name]) == (pieces == 'none')
         elif name.endswith('weight'):
             assert not torch.equal(value, source['average'][name]), name
     assert same(before['source_net'], source['average']) and same(after['source_net'], source['average'])
