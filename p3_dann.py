@@ -404,7 +404,7 @@ def plot_features(base, title, net, digits, device):
         figure, axes = new_figure(6.4, 5.8)
         draw_points(axes, points, values, names,
                     [f'${digit}$' for digit in range(10)] if name == 'digits' else None)
-        axes.set_title(f'{title}: {count} test images of each domain, by {name[:-1]}', fontsize=10)
+        axes.set_title(f'{title}: {count} test images each, by {name[:-1]}', fontsize=9)
         save_figure(f'{base}_{name}.png', figure)
 
 
@@ -425,7 +425,7 @@ def plot_learning_curves(path, curves):
                 yscale='log')
     axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[2].set(title='Held-out source images, with the target\'s statistics', ylabel='accuracy (%)')
+    axes[2].set(title='Held-out source images, target statistics', ylabel='accuracy (%)')
     for one in axes:
         one.set_xlabel('training step')
         one.grid(True, alpha=0.25)

@@ -446,7 +446,7 @@ def plot_learning_curves(path, curves):
                 yscale='log')
     axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[2].set(title=f'Held-out target images with a probability of {CONFIDENT} or more', ylabel='share (%)')
+    axes[2].set(title=f'Held-out target images, probability >= {CONFIDENT}', ylabel='share (%)')
     for one in axes:
         one.set_xlabel('training step')
         one.grid(True, alpha=0.25)
@@ -459,11 +459,12 @@ def plot_ablation(path, ours):
     labels = ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in PIECES]
     figure, axes = new_figure(10, 4.6)
     for colour, marker, (target, source) in zip(COLOURS, MARKERS, sorted(SOURCE_OF.items())):
-        points = [(x, 100 * record['accuracy']) for x, (_, records) in enumerate(ours) for record in records
-                  if (record['target'], record['source'], record['seed']) == (target, source, 0)]
-        axes.plot([x for x, _ in points], [value for _, value in points], marker + '-', color=colour,
-                  label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
-        for x, value in points:
+        points = {x: 100 * record['accuracy'] for x, (_, records) in enumerate(ours) for record in records
+                  if (record['target'], record['source'], record['seed']) == (target, source, 0)}
+        # no line over a row without a run
+        axes.plot(range(len(ours)), [points.get(x, float('nan')) for x in range(len(ours))], marker + '-',
+                  color=colour, label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
+        for x, value in points.items():
             axes.annotate(f'{value:.1f}', (x, value), xytext=(0, 6), textcoords='offset points',
                           ha='center', fontsize=7, color=colour)
     axes.set_xticks(range(len(labels)))
