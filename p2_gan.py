@@ -186,7 +186,7 @@ def train(args):
     rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
     # data
     judge, judge_sum = p1_vae.load_vae(JUDGE, device)[0], file_sum(JUDGE)
-    if state is not None and state.get('judge', judge_sum) != judge_sum:
+    if state is not None and state['judge'] != judge_sum:
         raise UserError(f'{JUDGE} is no longer the file that scored this run: restore that one with '
                         f'git, or delete {base}_last.pth to start anew')
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
@@ -196,8 +196,8 @@ def train(args):
                         '20 training faces and 2 test faces or more')
     # nets
     config = NET if state is None else state['config']
-    critic = dict(channels=DISCRIMINATOR_CHANNELS, norm=METHODS[method]['norm'])
-    critic = critic if state is None else state.get('discriminator_config', critic)
+    critic = dict(channels=DISCRIMINATOR_CHANNELS, norm=METHODS[method]['norm']) if state is None else \
+        state['discriminator_config']
     generator = for_training(Generator(**config), device)
     discriminator = for_training(Discriminator(**critic), device)
     average = copy.deepcopy(generator).eval()

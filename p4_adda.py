@@ -14,7 +14,8 @@ added:
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
-    diversity        the mean prediction over a batch is kept from collapsing (Liang et al. 2020, SHOT)
+    diversity        the mean prediction over a batch is kept from collapsing (Liang et al. 2020, SHOT),
+                     less and less, since the digits of a domain are not equally frequent
     self_training    the last fifth of the steps has no other loss than these two (needs teacher)
 
     bash hw3_p4.sh DIR TARGET pred.csv                 label a folder, as the grader does
@@ -72,7 +73,8 @@ LEARNING_RATE_WARM_UP = 100  # steps
 ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the pieces' losses; where it
                              # is the only loss, Adam takes the same steps whatever its weight
 CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
-DIVERSITY = 0.5              # weight of the negative entropy of the mean prediction, in nats
+DIVERSITY = 0.5              # weight of the negative entropy of the mean prediction, in nats, when the
+                             # adaptation starts; linearly falls to 0: digits are not equally frequent
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 50               # steps
@@ -289,7 +291,7 @@ def train_run(args, ckpt, given, defaults):
                 scalars.update(confident_loss=confident.detach(), confident_share=share)
             if 'diversity' in pieces:
                 diversity = diversity_loss(logits.float())
-                loss = loss + DIVERSITY * diversity
+                loss = loss + DIVERSITY * (steps - step) / (steps - first) * diversity
                 scalars['diversity_loss'] = diversity.detach()
             # update: target encoder; the classifier stays as it is, but for anchor
             target_optimizer.zero_grad()
@@ -399,9 +401,10 @@ def plot(args):
     results, bounds = read_table(), p3_dann.read_table()
     ours = [(pieces, [record for record in results if record['pieces'] == pieces]) for pieces, _ in ROWS]
     lower, dann, upper = [[record for record in bounds if (record['setting'], record['augment'])
-                           == (setting, p3_dann.DEFAULTS['augment'])] for setting in p3_dann.SETTINGS]
+                           == (setting, p3_dann.DEFAULTS['augment'])]
+                          for setting in ('source', p3_dann.DEFAULTS['setting'], 'target')]
     p3_dann.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
-        ('lower bound: source only', lower), ('DANN', dann), ('plain ADDA', ours[0][1]),
+        ('lower bound: source only', lower), ('DANN + entropy', dann), ('plain ADDA', ours[0][1]),
         ('improved ADDA', ours[-1][1]), ('upper bound: target only', upper)])
     curves, found, plain = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):

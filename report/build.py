@@ -102,8 +102,9 @@ def digit_values():
     dann, adda = p3_dann.read_table(), p4_adda.read_table()
     rows = {'lower_plain': (dann, dict(setting='source', augment=0.0)),
             'lower': (dann, dict(setting='source', augment=1.0)),
-            'dann_plain': (dann, dict(setting='dann', augment=0.0)),
             'dann': (dann, dict(setting='dann', augment=1.0)),
+            'entropy_plain': (dann, dict(setting='dann_entropy', augment=0.0)),
+            'entropy': (dann, dict(setting='dann_entropy', augment=1.0)),
             'plain': (adda, dict(pieces='')),
             'improved': (adda, dict(pieces=p4_adda.DEFAULTS['pieces'])),
             'upper': (dann, dict(setting='target', augment=1.0))}
@@ -127,7 +128,7 @@ def digit_values():
         ablation=ablation if all(len(row) == 4 for row in ablation) else [],
         dann=dict(training(read('p3_dann_svhn.jsonl')), channels=', '.join(map(str, p3_dann.NET['channels'])),
                   dropout=f'{p3_dann.NET["dropout"]:g}', hidden=str(p3_dann.DISCRIMINATOR_HIDDEN),
-                  **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL',
+                  **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY',
                             'AVERAGE_DECAY', 'STATISTICS')),
         adda=dict(training(read('p4_adda_svhn.jsonl')),
                   **numbers(p4_adda, 'LEARNING_RATE', 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY',

@@ -54,9 +54,9 @@ def test_domain_loss_is_a_cross_entropy():
 
 def test_schedules():
     steps = 1000
-    strengths = [p3_dann.reversal_at(step, steps) for step in range(steps + 1)]
-    assert strengths[0] == 0 and strengths[-1] == pytest.approx(p3_dann.REVERSAL, rel=1e-3)
-    assert strengths[100] == pytest.approx(p3_dann.REVERSAL * math.tanh(0.5))      # p = 0.1
+    strengths = [p3_dann.ramp_at(step, steps) for step in range(steps + 1)]
+    assert strengths[0] == 0 and strengths[-1] == pytest.approx(1, rel=1e-3)
+    assert strengths[100] == pytest.approx(math.tanh(0.5))      # p = 0.1
     assert all(later > earlier for earlier, later in zip(strengths, strengths[1:]))
     rates = [p3_dann.learning_rate_at(step, steps) for step in range(1, steps + 1)]
     assert rates.index(max(rates)) + 1 == p3_dann.LEARNING_RATE_WARM_UP

@@ -396,14 +396,27 @@ def test_settings_of_the_digits(data_dir, tmp_path, setting, augment):
         assert sum(losses[-50:]) < 0.8 * sum(losses[:50])
 
 
-def test_log_of_dann(data_dir, tmp_path):
+@pytest.mark.parametrize('setting', ['dann', 'dann_entropy'])
+def test_log_of_dann(data_dir, tmp_path, setting):
     trainer, ckpt = Trainer('p3_dann'), tmp_path / 'run.pth'
-    assert trainer.train(data_dir, ckpt, '--steps', '10').returncode == 0
+    assert trainer.train(data_dir, ckpt, '--steps', '10', '--setting', setting).returncode == 0
     logged = records(ckpt, 'train')
     assert all(set(record) == {'kind', 'step', 'label_loss', 'domain_loss', 'domain_accuracy', 'reversal',
-                               'learning_rate'} for record in logged)
+                               'learning_rate'} | ({'entropy'} if setting == 'dann_entropy' else set())
+               for record in logged)
     assert [record['reversal'] for record in logged] == [
-        pytest.approx(p3_dann.reversal_at(step, 10)) for step in range(1, 11)]
+        pytest.approx(p3_dann.REVERSAL * p3_dann.ramp_at(step, 10)) for step in range(1, 11)]
+
+
+def test_entropy_loss_makes_target_predictions_surer(data_dir, tmp_path):
+    trainer, last = Trainer('p3_dann'), {}
+    for weight in (3.0, 0.0):
+        ckpt = tmp_path / f'{weight}.pth'
+        command = trainer.command(data_dir, ckpt, '--steps', '60')
+        command[2] = command[2].replace('program.main()', f'program.ENTROPY = {weight}; program.main()')
+        assert run(command).returncode == 0
+        last[weight] = sum(record['entropy'] for record in records(ckpt, 'train')[-10:])
+    assert last[3.0] < last[0.0]
 
 
 @pytest.mark.parametrize('name', DIGITS)
