@@ -73,8 +73,8 @@ LEARNING_RATE_WARM_UP = 100  # steps
 ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the pieces' losses; where it
                              # is the only loss, Adam takes the same steps whatever its weight
 CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
-DIVERSITY = 0.5              # weight of the negative entropy of the mean prediction, in nats, when the
-                             # adaptation starts; linearly falls to 0: digits are not equally frequent
+DIVERSITY = 0.5              # weight of the negative entropy of the mean prediction, in nats, at first; it
+                             # falls to 0, since the digits of a domain are not equally frequent
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 50               # steps
@@ -128,6 +128,11 @@ def diversity_loss(logits):
     """
     mean = torch.softmax(logits, 1).mean(0)
     return (mean * (mean + 1e-8).log()).sum()
+
+
+def diversity_at(step, first, steps):
+    """Weight of diversity_loss: from DIVERSITY at step first, linearly, down to 0 at the last step."""
+    return DIVERSITY * (steps - step) / (steps - first)
 
 
 def learning_rate_at(step, steps):
@@ -291,7 +296,7 @@ def train_run(args, ckpt, given, defaults):
                 scalars.update(confident_loss=confident.detach(), confident_share=share)
             if 'diversity' in pieces:
                 diversity = diversity_loss(logits.float())
-                loss = loss + DIVERSITY * (steps - step) / (steps - first) * diversity
+                loss = loss + diversity_at(step, first, steps) * diversity
                 scalars['diversity_loss'] = diversity.detach()
             # update: target encoder; the classifier stays as it is, but for anchor
             target_optimizer.zero_grad()

@@ -50,6 +50,8 @@ def test_diversity_is_least_where_all_classes_are_predicted_alike():
     assert p4_adda.diversity_loss(collapsed).item() == pytest.approx(0, abs=1e-4)
     half = torch.cat([every[:1], every[1:2]])
     assert p4_adda.diversity_loss(half).item() == pytest.approx(-math.log(2), abs=1e-4)
+    assert [p4_adda.diversity_at(step, 100, 400) for step in (100, 250, 400)] == [
+        p4_adda.DIVERSITY, p4_adda.DIVERSITY / 2, 0]
 
 
 def test_learning_rate_starts_and_ends_near_zero():

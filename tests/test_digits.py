@@ -208,13 +208,22 @@ def test_wrong_data(own_data_dir, tmp_path, spoil, words):
     assert not (tmp_path / 'run.pth').exists()
 
 
+def test_conditional_entropy_of_known_predictions():
+    """log 10 for no idea, log 2 for one of two, 0 for a certainty; the mean over the images."""
+    unsure, sure, half = torch.zeros(10), torch.zeros(10), torch.full((10,), -1e4)
+    sure[3], half[:2] = 1e4, 0
+    for logits, entropy in (([unsure], math.log(10)), ([sure], 0), ([half, half], math.log(2)),
+                            ([unsure, sure], math.log(10) / 2)):
+        assert p3_dann.conditional_entropy(torch.stack(logits)).item() == pytest.approx(entropy, abs=1e-6)
+
+
 def test_table_of_runs_is_the_assignments():
-    """Three scenarios, lower bound, DANN and upper bound, three seeds; one run a scenario is shipped."""
+    """Three scenarios, bounds, DANN with and without entropy loss, three seeds; one run a scenario is shipped."""
     paths = [p3_dann.run_path(dict(p3_dann.DEFAULTS, target=target, source=source, setting=setting,
                                    augment=augment, seed=seed))
              for target, source in (('mnistm', 'usps'), ('svhn', 'mnistm'), ('usps', 'svhn'))
              for setting, augment in p3_dann.ROWS for seed in p3_dann.SEEDS]
-    assert len(set(paths)) == 45
+    assert len(set(paths)) == 54
     shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
     assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',
                                                             'p3_dann_usps.pth']
