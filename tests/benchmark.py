@@ -25,12 +25,16 @@ sys.path.insert(0, ROOT)
 
 import p1_vae                                                                       # noqa: E402
 import p2_gan                                                                       # noqa: E402
-from datasets import (FaceImages, list_images, make_grid, read_images, save_picture,     # noqa: E402
-                      save_single, split_held_out, to_float)
-from models import VAE, Discriminator, Generator, file_sum, load_checkpoint, write_log    # noqa: E402
+import p3_dann                                                                      # noqa: E402
+import p4_adda                                                                      # noqa: E402
+from datasets import (SOURCE_OF, FaceImages, augment_digits, list_images, make_grid,    # noqa: E402
+                      random_patches, read_images, save_picture, save_single, split_held_out, to_float)
+from models import (VAE, DigitNet, Discriminator, DomainDiscriminator, Generator,      # noqa: E402
+                    GradientReversal, file_sum, load_checkpoint, write_log)
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 DIGITS = 26032             # images of SVHN's test set
+TARGET = 'svhn'            # of problems 3 and 4 in the speed tests
 
 
 def linear_code(args):
@@ -68,21 +72,35 @@ def linear_code(args):
     write_log(os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl'), records)
 
 
-def plain_batches(data_dir, batch_size):
-    """Batches of training faces as a tutorial reads them: PNG files, a DataLoader, flips; in [0, 1]."""
-    folder = os.path.join(data_dir, 'face', 'train')
-    names = sorted(os.listdir(folder))[:8500]
+def plain_loader(folder, batch_size, change=lambda image, index: image):
+    """Batches of images as a tutorial reads them: PNG files and a DataLoader; in [0, 1]."""
+    names = sorted(os.listdir(folder))
 
-    class Faces(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self):
             return len(names)
 
         def __getitem__(self, index):
             image = np.asarray(Image.open(os.path.join(folder, names[index])).convert('RGB'))
-            image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
-            return image.flip(2) if torch.rand(1).item() < 0.5 else image
+            return change(torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255), index)
 
-    return torch.utils.data.DataLoader(Faces(), batch_size=batch_size, shuffle=True)
+    return torch.utils.data.DataLoader(Images(), batch_size=batch_size, shuffle=True)
+
+
+def plain_faces(data_dir, batch_size):
+    """Batches of training faces, every second one mirrored."""
+    return ((x,) for x in plain_loader(os.path.join(data_dir, 'face', 'train'), batch_size,
+                                       lambda image, _: image.flip(2) if torch.rand(1).item() < 0.5 else image))
+
+
+def plain_digits(data_dir, batch_size):
+    """Batches (source images, labels, target images) of the speed test's pair of domains."""
+    source, target = [os.path.join(data_dir, 'digits', domain) for domain in (SOURCE_OF[TARGET], TARGET)]
+    with open(source + '/train.csv') as file:
+        labels = [int(line.split(',')[1]) for line in sorted(file.read().split()[1:])]
+    labelled = plain_loader(source + '/train', batch_size, lambda image, index: (image, labels[index]))
+    for (x, y), target_x in zip(labelled, plain_loader(target + '/train', batch_size)):
+        yield x, y, target_x
 
 
 def plain_average(average, net):
@@ -132,15 +150,67 @@ def plain_gan():
     return step
 
 
-def plain_training(make, data_dir, steps, batch_size):
+def plain_dann():
+    """Return the training step of p3_dann.py's default setting as a tutorial writes it: fp32, contiguous."""
+    net = DigitNet(**p3_dann.NET).train()
+    discriminator = DomainDiscriminator(net.features, p3_dann.DISCRIMINATOR_HIDDEN)
+    average, rng = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(list(net.parameters()) + list(discriminator.parameters()), lr=1e-3)
+
+    def step(x, labels, target_x):
+        features, target_features = [net.encoder(augment_digits(one, 1.0, rng)) for one in (x, target_x)]
+        domain = p3_dann.domain_loss(*[discriminator(GradientReversal.apply(one, p3_dann.REVERSAL))
+                                       for one in (features, target_features)])
+        loss = (torch.nn.functional.cross_entropy(net.classifier(features), labels) + domain
+                + p3_dann.ENTROPY * p3_dann.conditional_entropy(net.classifier(target_features)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain_average(average, net)
+    return step
+
+
+def plain_adda():
+    """Return the training step of p4_adda.py with all pieces, in the middle of the adaptation, likewise."""
+    net = DigitNet(**p4_adda.NET).train()
+    source_net, average = copy.deepcopy(net).eval(), copy.deepcopy(net)
+    discriminator = DomainDiscriminator(10 * net.features, p4_adda.DISCRIMINATOR_HIDDEN)
+    optimizers = [torch.optim.Adam(one.parameters(), lr=1e-3) for one in (net, discriminator)]
+    rng = torch.Generator().manual_seed(0)
+
+    def judged(features):
+        return discriminator(p4_adda.discriminator_input(features, net.classifier[-1](features), True))
+
+    def step(x, labels, target_x):
+        x, view = [augment_digits(one, 1.0, rng, random_patches(target_x, rng)) for one in (x, target_x)]
+        with torch.no_grad():
+            source_features, probabilities = source_net.encoder(x), torch.softmax(average(target_x), 1)
+        features = net.encoder(view)
+        domain = p3_dann.domain_loss(judged(source_features), judged(features.detach()))
+        optimizers[1].zero_grad()
+        domain.backward()
+        optimizers[1].step()
+        logits = net.classifier(features)
+        loss = (p4_adda.ADVERSARIAL * p4_adda.fooling_loss(judged(features))
+                + torch.nn.functional.cross_entropy(net(x), labels)
+                + p4_adda.confident_loss(logits, probabilities)[0]
+                + p4_adda.DIVERSITY * p4_adda.diversity_loss(logits))
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        plain_average(average, net)
+    return step
+
+
+def plain_training(make, batches, steps, batch_size):
     """Images per second of a plain training step, with its reading of images."""
     step = make()
-    for index, x in enumerate(plain_batches(data_dir, batch_size)):
+    for index, batch in enumerate(batches):
         if index == 2:
             start = time.perf_counter()
         if index == steps + 2:
             break
-        step(x)
+        step(*batch)
     return steps * batch_size / (time.perf_counter() - start)
 
 
@@ -151,13 +221,16 @@ def our_training(module, data_dir, steps, batch_size):
         code = (f'import sys; sys.path.insert(0, {ROOT!r}); import {module.PROBLEM} as program; '
                 'program.LOG_EVERY = 50; program.main()')
         subprocess.run([sys.executable, '-c', code, '--train', '--data_dir', data_dir, '--ckpt', ckpt,
-                        '--steps', str(steps), '--batch_size', str(batch_size), '--device', 'cpu'],
+                        '--steps', str(steps), '--batch_size', str(batch_size), '--device', 'cpu']
+                       + ['--target', TARGET] * (module in (p3_dann, p4_adda)),
                        check=True, stdout=subprocess.DEVNULL)
         with open(os.path.join(folder, 'run.jsonl')) as file:
             records = [json.loads(line) for line in file]
-    # the log has the mean speed since the start; the time between its first record and its last
-    # leaves out reading the images and warming up
+    # the log has the mean speed since the start; the time between two of its records leaves out reading
+    # the images and warming up, and what p4_adda.py does before and after the middle of its adaptation
     train = [record for record in records if record['kind'] == 'train']
+    if module is p4_adda:
+        train = [record for record in train if steps // 4 <= record['step'] <= steps - steps // 5]
     seconds = [record['step'] * batch_size / record['images_per_second'] for record in train]
     speed = (train[-1]['step'] - train[0]['step']) * batch_size / (seconds[-1] - seconds[0])
     return speed, records[0]['precision']
@@ -166,13 +239,15 @@ def our_training(module, data_dir, steps, batch_size):
 def training(args):
     """Compare the two loops of each program on this machine, in turns, and print the ratio."""
     path = os.path.join(CHECKPOINTS, 'benchmark_training.jsonl')
-    for problem, module, make in (('p1', p1_vae, plain_vae), ('p2', p2_gan, plain_gan)):
+    for problem, module, make, read in (
+            ('p1', p1_vae, plain_vae, plain_faces), ('p2', p2_gan, plain_gan, plain_faces),
+            ('p3', p3_dann, plain_dann, plain_digits), ('p4', p4_adda, plain_adda, plain_digits)):
         if args.names and problem not in args.names:
             continue
         batch_size = module.DEFAULTS['batch_size']
         plain, ours = [], []
         for _ in range(2):
-            plain.append(plain_training(make, args.data_dir, 1920 // batch_size, batch_size))
+            plain.append(plain_training(make, read(args.data_dir, batch_size), 1920 // batch_size, batch_size))
             speed, precision = our_training(module, args.data_dir, 9600 // batch_size, batch_size)
             ours.append(speed)
         record = dict(kind='training', problem=problem, plain=max(plain), ours=max(ours),
@@ -305,7 +380,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples'])
     parser.add_argument('--data_dir', default='hw3_data')
-    parser.add_argument('names', nargs='*', help='training: p1, p2; samples: checkpoints, as p2_gan, or real')
+    parser.add_argument('names', nargs='*', help='training: p1 to p4; samples: checkpoints, as p2_gan, or real')
     parser.add_argument('--scorer', help='samples: the face scorer')
     parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
     args = parser.parse_args()

@@ -278,6 +278,11 @@ def script_results():
         lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
                      f'| {record["seconds"]:.1f} s | {record["import_seconds"]:.1f} s | {least[0]} | {least[1]} '
                      f'| {record["megabytes"]:.0f} MB |')
+    lines += ['', '| `python3 tests/benchmark.py training` | images/s | plain loop | ratio | precision | threads |',
+              '| --- | --- | --- | --- | --- | --- |']
+    for record in read('benchmark_training.jsonl'):
+        lines.append(f'| problem {record["problem"][1]} | {record["ours"]:.0f} | {record["plain"]:.0f} | {record["ratio"]:.2f} '
+                     f'| {record["precision"]} | {record["threads"]} |')
     return lines
 
 
