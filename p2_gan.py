@@ -90,14 +90,15 @@ def generator_loss(method, fake):
     return F.softplus(-fake).mean() if method == 'dcgan' else -fake.mean()
 
 
-def gradient_penalty(discriminator, real, fake, rng):
+def gradient_penalty(score, real, fake, rng):
     """Mean of (|gradient of the score| - 1)^2 at random points between real and drawn images.
 
-    Source: Gulrajani et al. 2017, eq. 3.  The images are (N, 3, H, W), the norm is over all of one.
+    score maps images to (N,) scores.  Source: Gulrajani et al. 2017, eq. 3.  The images are
+    (N, 3, H, W), the norm is over all of one.
     """
     share = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
     between = (real + share * (fake - real)).requires_grad_()
-    gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    gradient, = torch.autograd.grad(score(between).sum(), between, create_graph=True)
     return ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
 
 
@@ -240,6 +241,11 @@ def train(args):
         log.add('other_end', step=step, steps=steps, command=args.command)
     start = time.time() - seconds
     sums, counts = {}, {}                  # of the scalars since the last record
+
+    def score(images):
+        with autocast(device, precision):
+            return discriminator(images).float()
+
     # loop
     for step in range(step + 1, steps + 1):
         trains_generator, scalars = step % METHODS[method]['generator_every'] == 0, {}
@@ -252,24 +258,21 @@ def train(args):
             drawn = generator(noise)
         real, fake = [augment(images, settings['augment'], rng)
                       for images in (x, drawn.detach().float())]
-        with autocast(device, precision):
-            real_score, fake_score = discriminator(real), discriminator(fake)
-        loss = discriminator_loss(method, real_score.float(), fake_score.float())
+        real_score, fake_score = score(real), score(fake)
+        loss = discriminator_loss(method, real_score, fake_score)
         if method == 'wgan_gp':
-            penalty = gradient_penalty(discriminator, real, fake, rng)
+            penalty = gradient_penalty(score, real, fake, rng)
             scalars['penalty'], loss = penalty.detach(), loss + PENALTY * penalty
         discriminator_optimizer.zero_grad()
         loss.backward()
-        scalars.update(discriminator_loss=loss.detach(), real=real_score.detach().float().mean(),
-                       fake=fake_score.detach().float().mean(),
+        scalars.update(discriminator_loss=loss.detach(), real=real_score.detach().mean(),
+                       fake=fake_score.detach().mean(),
                        discriminator_gradient=gradient_norm(discriminator))
         discriminator_optimizer.step()
         # update: generator, through the discriminator as it has become
         if trains_generator:
             discriminator.requires_grad_(False)
-            with autocast(device, precision):
-                fake_score = discriminator(augment(drawn.float(), settings['augment'], rng))
-            loss = generator_loss(method, fake_score.float())
+            loss = generator_loss(method, score(augment(drawn.float(), settings['augment'], rng)))
             generator_optimizer.zero_grad()
             loss.backward()
             discriminator.requires_grad_(True)
@@ -290,11 +293,12 @@ def train(args):
             # a large gap between D(held_out) and D(real) says that it knows its images by heart
             rows = torch.randint(len(held_out), (batch_size,), generator=rng)
             with torch.no_grad():
-                score = discriminator(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
-                                              settings['augment'], rng))
+                held_out_score = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
+                                               settings['augment'], rng))
             seconds = time.time() - start
             speed = step * batch_size / seconds
-            log.add('train', step=step, held_out=score.mean().item(), images_per_second=speed, **means)
+            log.add('train', step=step, held_out=held_out_score.mean().item(),
+                    images_per_second=speed, **means)
             left = int((steps - step) * batch_size / speed)
             print(f'step {step}/{steps}  D {means["discriminator_loss"]:.3f}  '
                   f'G {means.get("generator_loss", float("nan")):.3f}  {speed:.0f} images/s  '

@@ -541,7 +541,7 @@ def test_pieces_of_adda(data_dir, tmp_path, pieces):
 def test_table_is_trained_and_resumed(data_dir, copy_of_project):
     """--train without --target: every run of the table that the flags leave; finished ones stay."""
     trainer = Trainer('p3_dann')
-    command = trainer.command(data_dir, 'x.pth', '--steps', '1', '--setting', 'dann')
+    command = trainer.command(data_dir, 'x.pth', '--steps', '1', '--setting', 'dann_entropy')
     command[2] = command[2].replace(ROOT, str(copy_of_project))
     for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
         command.remove(word)
