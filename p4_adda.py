@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 import p3_dann
-from datasets import (COLOURS, DIGIT_SIZE, DOMAIN_NAMES, MARKERS, SOURCE_OF, DigitImages, UserError,
+from datasets import (COLOURS, DIGIT_SIZE, DOMAIN_NAMES, SOURCE_OF, DigitImages, UserError,
                       augment_digits, balanced_rows, draw_text, list_images, new_figure,
                       random_patches, read_ahead, run_command, save_figure, split_held_out, to_float,
                       write_predictions)
@@ -427,7 +427,7 @@ def plot(args):
         f'(net): {net}',
         f'(discriminator): {DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}'])
     plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
-    plot_ablation(os.path.join(args.out, 'fig4_5.png'), ours)
+    plot_ablation(os.path.join(args.out, 'fig4_5.png'), ours, lower, upper)
     p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6.png'), found)
     p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain)
     p3_dann.plot_mistakes(os.path.join(args.out, 'fig4_7.png'), found)
@@ -462,25 +462,29 @@ def plot_learning_curves(path, curves):
     save_figure(path, figure)
 
 
-def plot_ablation(path, ours):
-    """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time."""
+def plot_ablation(path, ours, lower, upper):
+    """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time.
+
+    ours is a list of (pieces, records of the results log), lower and upper are the bounds' records.
+    """
     labels = ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in PIECES]
-    figure, axes = new_figure(10, 4.6)
-    for colour, marker, (target, source) in zip(COLOURS, MARKERS, sorted(SOURCE_OF.items())):
-        points = {x: 100 * record['accuracy'] for x, (_, records) in enumerate(ours) for record in records
-                  if (record['target'], record['source'], record['seed']) == (target, source, 0)}
-        # no line over a row without a run
-        axes.plot(range(len(ours)), [points.get(x, float('nan')) for x in range(len(ours))], marker + '-',
-                  color=colour, label=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}')
-        for x, value in points.items():
-            axes.annotate(f'{value:.1f}', (x, value), xytext=(0, 6), textcoords='offset points',
-                          ha='center', fontsize=7, color=colour)
-    axes.set_xticks(range(len(labels)))
-    axes.set_xticklabels(labels, rotation=20, ha='right')
-    axes.set(title='Test accuracy as pieces are added to plain ADDA, one at a time (seed 0)',
-             ylabel='target test accuracy (%)')
-    axes.grid(True, alpha=0.25)
-    axes.legend(fontsize=9)
+    figure, all_axes = new_figure(13, 4.2, columns=3)
+    for axes, (target, source) in zip(all_axes, sorted(SOURCE_OF.items())):
+        def values(records):
+            return [100 * record['accuracy'] for record in records
+                    if (record['target'], record['source'], record['seed']) == (target, source, 0)]
+
+        for row, (_, records) in enumerate(ours):
+            for value in values(records):
+                axes.barh(row, value, color=COLOURS[4])
+                axes.text(111, row, f'{value:.1f}', ha='right', va='center', fontsize=9)
+        for colour, name, records in ((COLOURS[1], 'lower bound', lower), (COLOURS[2], 'upper bound', upper)):
+            for value in values(records):
+                axes.axvline(value, color=colour, linewidth=1.2, label=f'{name} ({value:.1f})')
+        axes.set(title=f'{DOMAIN_NAMES[source]} to {DOMAIN_NAMES[target]}', xlim=(0, 112),
+                 ylim=(len(labels) + 0.7, -0.6), xlabel='target test accuracy (%), seed 0',
+                 yticks=range(len(labels)), yticklabels=labels if axes is all_axes[0] else [])
+        axes.legend(fontsize=8, loc='lower center', ncol=2, framealpha=1)
     save_figure(path, figure)
 
 

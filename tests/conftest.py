@@ -12,6 +12,9 @@ from PIL import Image, ImageDraw
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+# two tests run side by side on two cores: more threads would wait for each other
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 ATTRIBUTES = ['Bangs', 'Blond_Hair', 'Male', 'Smiling']
 
 
