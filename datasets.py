@@ -18,7 +18,7 @@ DIGIT_SIZE = 28            # pixels, height and width of a digit
 SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}     # the assignment's scenarios
 # as figures and tables print them: the svhn folder of the kit is a drawn stand-in for that data set
 DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN stand-in', 'usps': 'USPS'}
-HELD_OUT = 500             # training faces kept apart to choose a checkpoint, never trained on
+HELD_OUT = 500             # training images of a set that are kept apart, never trained on
 HELD_OUT_SEED = 2020       # fixes which ones, whatever --seed is
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg')

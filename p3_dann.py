@@ -7,8 +7,8 @@ training steps (EMA) with the batch statistics of unlabelled target training ima
 are in training.  That is --setting dann; dann_entropy, which is shipped, also lowers the entropy of the
 predictions for target images (Grandvalet and Bengio 2005; beside DANN: Shu et al. 2018, arXiv
 1802.08735).  The lower bound (--setting source) and the upper bound (--setting target) have the same
-net, batches, augmentation and schedule, but no domain discriminator, and the batch statistics of the
-images that they are trained on.
+net, batches, augmentation and schedule, but no domain discriminator; the lower bound has the batch
+statistics of source images, all others those of target images.
 
     bash hw3_p3.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p3_dann.py --train --target usps --setting dann --seed 0       train one cell of the table
@@ -76,9 +76,10 @@ STATISTICS = 5000            # training images, augmented, that give the batch n
 LOG_EVERY = 50               # steps
 SAVE_EVERY = 500             # steps
 
-# the table: three scenarios, rows of (setting, augment), three seeds
-ROWS = (('source', 0.0), ('source', 1.0), ('dann', 1.0), ('dann_entropy', 0.0), ('dann_entropy', 1.0),
-        ('target', 1.0))
+# the table: three scenarios, rows of (label, setting, augment), three seeds
+ROWS = (('lower bound, not augmented', 'source', 0.0), ('lower bound: source only', 'source', 1.0),
+        ('DANN', 'dann', 1.0), ('DANN + entropy, not augmented', 'dann_entropy', 0.0),
+        ('DANN + entropy', 'dann_entropy', 1.0), ('upper bound: target only', 'target', 1.0))
 SEEDS = (0, 1, 2)
 RUNS = os.path.join(HERE, 'checkpoints', 'p3_runs')
 RESULTS = os.path.join(HERE, 'checkpoints', 'p3_results.jsonl')
@@ -134,7 +135,7 @@ def accuracy(net, digits, device):
 def train(args):
     """Train one run or, without --target, every run of the table that the other flags leave."""
     cells = [{}] if args.target else [
-        cell for (setting, augment), target, seed in itertools.product(ROWS, sorted(SOURCE_OF), SEEDS)
+        cell for (_, setting, augment), target, seed in itertools.product(ROWS, sorted(SOURCE_OF), SEEDS)
         for cell in [dict(setting=setting, augment=augment, target=target, seed=seed)]
         if all(getattr(args, name) in (None, value) for name, value in cell.items())]
     if not cells:
@@ -293,7 +294,8 @@ def train_run(args, ckpt, given, defaults):
                                settings=settings, metrics=metrics, command=command))
     write_sum(ckpt)
     write_log(base + '.jsonl', read_log(log.path))     # the last: it says that the run is complete
-    print(f'{ckpt}: {100 * metrics["accuracy"]:.2f} % of the test images')
+    print('{}: {:.2f} % of the test images of {}'.format(
+        ckpt, 100 * metrics['accuracy'], DOMAIN_NAMES[settings['target']]))
 
 
 # ------------------------------------------------------------------------------------------- infer
@@ -336,10 +338,13 @@ def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
     results = read_table()
-    rows = [(label, [record for record in results if (record['setting'], record['augment']) == row])
-            for row, label in zip(ROWS, ('lower bound, not augmented', 'lower bound: source only',
-                                         'DANN', 'DANN + entropy, not augmented', 'DANN + entropy',
-                                         'upper bound: target only'))]
+    rows = []
+    for label, setting, augment in ROWS:
+        records = [record for record in results
+                   if (record['setting'], record['augment']) == (setting, augment)]
+        rows.append((label, records))
+        if (setting, augment) == (DEFAULTS['setting'], DEFAULTS['augment']):
+            rows.append((label + ', shipped: seed 0', of_seed_0(records)))
     plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', rows)
     curves, found = {}, {}
     for target, source in sorted(SOURCE_OF.items()):
@@ -368,6 +373,11 @@ def read_table():
     """Return the records of the results log that belong to the table: its steps, batches and seeds."""
     return [record for record in read_log(RESULTS) if record['seed'] in SEEDS
             and all(record[name] == DEFAULTS[name] for name in ('steps', 'batch_size'))]
+
+
+def of_seed_0(records):
+    """Return the records of the runs whose nets are shipped, which the grader's script gives again."""
+    return [record for record in records if record['seed'] == DEFAULTS['seed']]
 
 
 def plot_table(base, title, rows):
@@ -431,23 +441,25 @@ def plot_features(base, title, net, digits, device):
 
 
 def plot_learning_curves(path, curves):
-    """fig3_6: label loss, the discriminator's accuracy and source accuracy of the shipped runs."""
-    figure, axes = new_figure(13, 3.8, columns=3)
+    """fig3_6: the losses, the discriminator's accuracy and source accuracy of the shipped runs."""
+    figure, axes = new_figure(10, 7, rows=2, columns=2)
+    axes = axes.flatten()
     for colour, (title, log) in zip(COLOURS, curves.items()):
         records = [record for record in log if record['kind'] == 'train']
         steps = [record['step'] for record in records]
-        for one, name in zip(axes, ('label_loss', 'domain_accuracy')):
+        for one, name in zip(axes, ('label_loss', 'entropy', 'domain_accuracy')):
             one.plot(steps, [record[name] for record in records], color=colour, linewidth=0.9,
                      label=title)
         records = [record for record in log if record['kind'] == 'held_out']
-        axes[2].plot([record['step'] for record in records],
+        axes[3].plot([record['step'] for record in records],
                      [100 * record['accuracy'] for record in records], 'o-', color=colour, label=title,
                      markersize=3)
     axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
                 yscale='log')
-    axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
-    axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[2].set(title='Held-out source images, target statistics', ylabel='accuracy (%)')
+    axes[1].set(title='Entropy of predictions for augmented target images', ylabel='entropy (nats)')
+    axes[2].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
+    axes[2].axhline(0.5, color=COLOURS[6], linewidth=0.8)
+    axes[3].set(title='Held-out source images, target statistics', ylabel='accuracy (%)')
     for one in axes:
         one.set_xlabel('training step')
         one.grid(True, alpha=0.25)

@@ -50,16 +50,28 @@ def numbers(module, *names):
     return {name: f'{getattr(module, name):g}' for name in names}
 
 
+def linear_mse(kl):
+    """MSE of the linear-Gaussian code at a rate in nats, interpolated in its log."""
+    curve = sorted((record['rate'], record['distortion']) for record in read('p1_linear_code.jsonl'))
+    return float(np.interp(kl, *zip(*curve)))
+
+
+def linear_mean_mse(kl):
+    """The same code written as a VAE, decoded from the mean, on the test faces."""
+    curve = sorted((record['test_kl'], record['test_mse']) for record in read('p1_linear_code.jsonl'))
+    return float(np.interp(kl, *zip(*curve)))
+
+
 def vae_values():
-    log, curve = read('p1_vae.jsonl'), read('p1_linear_code.jsonl')
+    log = read('p1_vae.jsonl')
     names = [name for name in sorted(os.listdir(os.path.join(CHECKPOINTS, 'p1_lambda')))
              if name.endswith('.jsonl') and not name.endswith('_last.jsonl')]
     test = log[-1]
     rows = sorted([read('p1_lambda', name)[-1] for name in names] + [test],
                   key=lambda record: record['lambda_kl'])
-    linear = sorted((record['rate'], record['distortion']) for record in curve)
     table = [[f'{row["lambda_kl"]:.0e}', f'{row["kl"]:.1f}', f'{row["mse"]:.4f}',
-              f'{row["mse"] / np.interp(row["kl"], *zip(*linear)):.2f}'] for row in rows]
+              f'{row["mse"] / linear_mse(row["kl"]):.2f}', f'{row["mse"] / linear_mean_mse(row["kl"]):.2f}']
+             for row in rows]
     return dict(training(log), table=table, kl=f'{test["kl"]:.1f}', mse=f'{test["mse"]:.4f}',
                 chosen=f'{test["chosen_step"]:,}', test=f'{test["images"]:,}',
                 kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
@@ -72,7 +84,8 @@ def vae_values():
 def gan_values():
     log = read('p2_gan.jsonl')
     rows = read('samples.jsonl')
-    table = [[row['label'], f'{row["images"]:,}' if row['images'] else '', f'{row["own"]:.2f}',
+    table = [[row['label'], f'{row["images"]:,}' if row['images'] else '',
+              f'{row["chosen_step"]:,}' if row['images'] else '', f'{row["own"]:.2f}',
               f'{row["detected"]:.3f}', f'{row["frechet"]:.2f}', f'{row["nearest"]:.3f}',
               f'{row["copied"]:.2f}'] for row in rows]
     settings = next(record for record in log if record['kind'] == 'run')['settings']
@@ -80,7 +93,7 @@ def gan_values():
                 '{:g}, {:g}'.format(*method['betas']), str(method['generator_every'])]
                for name, method in p2_gan.METHODS.items()]
     by_name = {row['what'].replace('/', '_'): dict(zip(
-        ('label', 'images', 'own', 'detected', 'frechet', 'nearest', 'copied'), cells))
+        ('label', 'images', 'chosen_step', 'own', 'detected', 'frechet', 'nearest', 'copied'), cells))
         for row, cells in zip(rows, table)}
     return dict(training(log), n=f'{rows[0]["n"]:,}', table=table, methods=methods, method=settings['method'],
                 augment=f'{settings["augment"]:g}', chosen=f'{log[-1]["chosen_step"]:,}',
@@ -100,23 +113,20 @@ def accuracies(records, target, **wanted):
 
 def digit_values():
     dann, adda = p3_dann.read_table(), p4_adda.read_table()
-    rows = {'lower_plain': (dann, dict(setting='source', augment=0.0)),
-            'lower': (dann, dict(setting='source', augment=1.0)),
-            'dann': (dann, dict(setting='dann', augment=1.0)),
-            'entropy_plain': (dann, dict(setting='dann_entropy', augment=0.0)),
-            'entropy': (dann, dict(setting='dann_entropy', augment=1.0)),
-            'plain': (adda, dict(pieces='')),
-            'improved': (adda, dict(pieces=p4_adda.DEFAULTS['pieces'])),
-            'upper': (dann, dict(setting='target', augment=1.0))}
+    rows = {f'{setting}_{augment:g}': (dann, dict(setting=setting, augment=augment))
+            for _, setting, augment in p3_dann.ROWS}
+    rows.update(plain=(adda, dict(pieces='')), improved=(adda, dict(pieces=p4_adda.DEFAULTS['pieces'])))
     means = {}
     for target in sorted(SOURCE_OF):
         for name, (records, wanted) in rows.items():
             values = accuracies(records, target, **wanted)
             means[f'{target}_{name}'] = f'{np.mean(values):.1f}' if values else 'not measured'
     told_apart = {}                        # by the discriminator, in the last record that has it
-    for name in (p3_dann.PROBLEM, p4_adda.PROBLEM):
-        for target in sorted(SOURCE_OF):
-            shares = [record['domain_accuracy'] for record in read(f'{name}_{target}.jsonl')
+    for name, module, flags in (('dann', p3_dann, dict(setting='dann')), ('dann_entropy', p3_dann, {}),
+                                ('adda', p4_adda, {})):
+        for target, source in sorted(SOURCE_OF.items()):
+            path = module.run_path(dict(module.DEFAULTS, target=target, source=source, **flags))
+            shares = [record['domain_accuracy'] for record in read(os.path.splitext(path)[0] + '.jsonl')
                       if 'domain_accuracy' in record]
             told_apart[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}'
     ablation = [[label] + [f'{value:.1f}' for target in sorted(SOURCE_OF) for value in accuracies(

@@ -222,7 +222,7 @@ def test_table_of_runs_is_the_assignments():
     paths = [p3_dann.run_path(dict(p3_dann.DEFAULTS, target=target, source=source, setting=setting,
                                    augment=augment, seed=seed))
              for target, source in (('mnistm', 'usps'), ('svhn', 'mnistm'), ('usps', 'svhn'))
-             for setting, augment in p3_dann.ROWS for seed in p3_dann.SEEDS]
+             for _, setting, augment in p3_dann.ROWS for seed in p3_dann.SEEDS]
     assert len(set(paths)) == 54
     shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
     assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',
