@@ -81,25 +81,45 @@ def vae_values():
                           'GRADIENT_NORM', 'AVERAGE_DECAY'))
 
 
+EARLY, COMMON = 4000, 16000                # steps at which report.typ compares the methods
+
+
+def method_values(name):
+    """What the log of a method says at two steps: own score, gradient of G, D(real) - D(held-out)."""
+    log = read('p2_methods', name + '.jsonl')
+    own = {record['step']: record['frechet'] for record in log if record['kind'] == 'held_out'}
+    train = [record for record in log if record['kind'] == 'train' and record['step'] <= COMMON]
+    early, late = [[record for record in train if end - 2000 < record['step'] <= end] for end in (EARLY, COMMON)]
+
+    def mean(records, key):
+        return np.mean([record[key] for record in records if key in record])
+    return dict(own_early=f'{own[EARLY]:.2f}', own_common=f'{own[COMMON]:.2f}',
+                gradient_early=f'{mean(early, "generator_gradient"):.0f}',
+                gradient_late=f'{mean(late, "generator_gradient"):.0f}',
+                real=f'{mean(late, "real"):.1f}', held_out=f'{mean(late, "held_out"):.1f}',
+                fake=f'{mean(late, "fake"):.1f}')
+
+
 def gan_values():
     log = read('p2_gan.jsonl')
     rows = read('samples.jsonl')
     table = [[row['label'], f'{row["images"]:,}' if row['images'] else '',
               f'{row["chosen_step"]:,}' if row['images'] else '', f'{row["own"]:.2f}',
               f'{row["detected"]:.3f}', f'{row["frechet"]:.2f}', f'{row["nearest"]:.3f}',
-              f'{row["copied"]:.2f}'] for row in rows]
+              f'{row["copied"]:.2f}', f'{row["held_out_frechet"]:.2f}' if 'held_out_frechet' in row else '']
+             for row in rows]
     settings = next(record for record in log if record['kind'] == 'run')['settings']
     methods = [[name, method['norm'], '{:g} / {:g}'.format(*method['learning_rates']),
                 '{:g}, {:g}'.format(*method['betas']), str(method['generator_every'])]
                for name, method in p2_gan.METHODS.items()]
     by_name = {row['what'].replace('/', '_'): dict(zip(
-        ('label', 'images', 'chosen_step', 'own', 'detected', 'frechet', 'nearest', 'copied'), cells))
+        ('label', 'images', 'chosen_step', 'own', 'detected', 'frechet', 'nearest', 'copied',
+         'held_out_frechet'), cells))
         for row, cells in zip(rows, table)}
     return dict(training(log), n=f'{rows[0]["n"]:,}', table=table, methods=methods, method=settings['method'],
                 augment=f'{settings["augment"]:g}', chosen=f'{log[-1]["chosen_step"]:,}',
-                trained=sorted({read('p2_methods', name)[0]['settings']['method'] for name in os.listdir(
-                    os.path.join(CHECKPOINTS, 'p2_methods'))
-                    if name.endswith('.jsonl') and not name.endswith('_last.jsonl')}),
+                early=f'{EARLY:,}', common=f'{COMMON:,}',
+                runs={name: method_values(name) for name in ('dcgan', 'dcgan_not_augmented', 'sngan', 'wgan_gp')},
                 latent=f'{p2_gan.NET["latent_dim"]}', **dict(by_name, **numbers(
                     p2_gan, 'PENALTY', 'AVERAGE_DECAY', 'SCORED')))
 

@@ -126,23 +126,25 @@ def plain_vae():
 
 
 def plain_gan():
-    """Return the training step of p2_gan.py as a tutorial writes it: fp32, contiguous."""
+    """Return the training step of p2_gan.py's default method as a tutorial writes it: fp32, contiguous."""
     generator = Generator(**p2_gan.NET).train()
-    discriminator = Discriminator(p2_gan.DISCRIMINATOR_CHANNELS, 'batch').train()
+    name = p2_gan.DEFAULTS['method']
+    method = p2_gan.METHODS[name]
+    discriminator = Discriminator(p2_gan.DISCRIMINATOR_CHANNELS, method['norm']).train()
     average = copy.deepcopy(generator)
-    optimizers = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
-                  for net in (generator, discriminator)]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=learning_rate, betas=method['betas'])
+                  for net, learning_rate in zip((generator, discriminator), method['learning_rates'])]
     rng, strength = torch.Generator().manual_seed(0), p2_gan.DEFAULTS['augment']
 
     def step(x):
         fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim'])).detach()
-        loss = p2_gan.discriminator_loss('dcgan', discriminator(p2_gan.augment(2 * x - 1, strength, rng)),
+        loss = p2_gan.discriminator_loss(name, discriminator(p2_gan.augment(2 * x - 1, strength, rng)),
                                          discriminator(p2_gan.augment(fake, strength, rng)))
         optimizers[1].zero_grad()
         loss.backward()
         optimizers[1].step()
         fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim']))
-        loss = p2_gan.generator_loss('dcgan', discriminator(p2_gan.augment(fake, strength, rng)))
+        loss = p2_gan.generator_loss(name, discriminator(p2_gan.augment(fake, strength, rng)))
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
@@ -319,10 +321,18 @@ def scripts(args):
     write_log(path, records)
 
 
+def dlib_score(args, drawn, real, n):
+    """The scorer's line for n images of each folder, and its four numbers as texts."""
+    line = subprocess.check_output([args.python, args.scorer, drawn, real, '--n', str(n)]).decode().strip()
+    return line, re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)', line).groups()
+
+
 def samples(args):
     """Draw 1,000 faces from checkpoints and have the scorer compare them with the test faces.
 
     The scorer (a script of its own, with dlib) prints: n 1000  detected D  frechet F  nearest N.
+    Its Frechet distance between 500 of the drawn faces and the held-out training faces, held_out_frechet,
+    chooses between methods: it sees the fine grids that the encoder of problem 1's VAE overlooks.
     Two more numbers are taken in the latent means of problem 1's VAE: own, the Frechet distance to the
     held-out faces by which p2_gan.py chooses, and copied, the mean distance to the nearest training
     face or its mirror image (for 'real', which are training faces, from the held-out faces).  A name
@@ -334,7 +344,8 @@ def samples(args):
     faces = FaceImages(args.data_dir, 'train').images
     rows, held_out = split_held_out(len(faces))
     training = p2_gan.latent_means(judge, torch.cat([faces[rows], faces[rows].flip(3)]), cpu)
-    held_out = p2_gan.latent_means(judge, faces[held_out], cpu)
+    held_out_faces = faces[held_out]
+    held_out = p2_gan.latent_means(judge, held_out_faces, cpu)
     for name in args.names or ['p1_vae', 'p2_gan', 'real']:
         record = dict(kind='samples', what=name, label='training faces', images=0)
         with tempfile.TemporaryDirectory() as folder:
@@ -356,13 +367,14 @@ def samples(args):
                         ', not augmented' if strength == 0 else
                         '' if strength == p2_gan.DEFAULTS['augment'] else f', augmented by {strength:g}'
                         ) + (', shipped' if name == 'p2_gan' else '')
-            line = subprocess.check_output([args.python, args.scorer, drawn,
-                                            os.path.join(real, 'test')]).decode().strip()
+            apart = os.path.join(folder, 'held out')
+            save_single(apart, held_out_faces)
+            line, numbers = dlib_score(args, drawn, os.path.join(real, 'test'), 1000)
+            of_held_out = dlib_score(args, drawn, apart, min(500, len(held_out_faces)))[1]
             images = read_images(drawn, list_images(drawn), 64)
-        numbers = re.fullmatch(r'n (\d+)  detected ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)',
-                               line).groups()
         means = p2_gan.latent_means(judge, images, cpu)
         record.update(zip(('detected', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
+                      held_out_frechet=float(of_held_out[2]),
                       own=p2_gan.frechet_distance(means, held_out),
                       copied=torch.cdist(held_out if name == 'real' else means,
                                          training).min(1)[0].mean().item(),

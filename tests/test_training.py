@@ -34,7 +34,7 @@ PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan, p3_dann=p3_dann, p4_adda=p4_adda)
 DIGITS = ('p3_dann', 'p4_adda')
 FLAGS = {name: ['--target', 'mnistm'] for name in DIGITS}
 SCORES = dict(p1_vae='loss', p2_gan='frechet')     # by which a checkpoint is chosen; else the last one
-DIVERGE = dict(p2_gan='program.METHODS["dcgan"]["learning_rates"] = (1e30, 2e-4)')
+DIVERGE = dict(p2_gan='program.METHODS["sngan"]["learning_rates"] = (1e30, 2e-4)')
 USE = {name: ['--out', 'pred.csv', '--images', os.path.join(ROOT, 'tests', 'digits'), '--target', 'mnistm']
        for name in DIGITS}
 
