@@ -27,7 +27,8 @@ QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; pr
 SMALL = dict(
     p1_vae='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); program.LEARNING_RATE_WARM_UP = 5',
     p2_gan='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); '
-           'program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16',
+           'program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16; '
+           'program.METHODS["sngan"]["learning_rates"] = (5e-3, 5e-3)',       # else its faces stay flat
     p3_dann='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 5',
     p4_adda='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 2')
 PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan, p3_dann=p3_dann, p4_adda=p4_adda)
@@ -603,7 +604,9 @@ def test_figures(trainer, data_dir, tmp_path, unbroken):
                   '--ckpt', unbroken, '--out', out] + flags)
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(str(out))) == FIGURES[trainer.name]
-    assert min(os.path.getsize(str(out / name)) for name in os.listdir(str(out))) > 3000
+    for name in FIGURES[trainer.name]:         # a few bytes may do: after so few steps faces are nearly flat
+        with Image.open(str(out / name)) as picture:
+            assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
     assert open(str(unbroken).replace('.pth', '.jsonl')).read() == before
 
 
