@@ -483,6 +483,8 @@ def plot_ablation(path, ours, lower, upper):
             for value in values(records):
                 axes.barh(row, value, color=COLOURS[4])
                 axes.text(111, row, f'{value:.1f}', ha='right', va='center', fontsize=9)
+            if not values(records):
+                axes.text(2, row, 'not trained', va='center', fontsize=9)
         for colour, name, records in ((COLOURS[1], 'lower bound', lower), (COLOURS[2], 'upper bound', upper)):
             for value in values(records):
                 axes.axvline(value, color=colour, linewidth=1.2, label=f'{name} ({value:.1f})')
