@@ -50,7 +50,7 @@ def list_images(folder):
         raise UserError(f'there is no folder {folder}: name the right place, for training data with '
                         '--data_dir and laid out as README.md shows')
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)
-                   and not name.startswith('.') and os.path.isfile(os.path.join(folder, name)))
+                   and not name.startswith('.') and not os.path.isdir(os.path.join(folder, name)))
     if not names:
         raise UserError(f'{folder} holds no image ({", ".join(IMAGE_ENDINGS)})')
     return names
@@ -73,8 +73,9 @@ def read_image(path, size):
             if size is not None and image.size != (size, size):
                 image = image.resize((size, size), Image.BICUBIC)
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{path} cannot be read as an image ({error}): replace the file')
+    except Exception as error:             # a damaged file makes Pillow's decoders raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f'{path} cannot be read as an image ({reason}): replace the file')
 
 
 def read_images(folder, names, size):
@@ -286,9 +287,12 @@ def check_picture_path(path):
 def write_whole(path, write):
     """Let write(temporary path) make a file or a folder, then rename it: path is whole or untouched.
 
-    The parent folder is made if need be; the temporary name lies in it and has path's ending.
-    Raises UserError with path and the reason.
+    The parent folder is made if need be; the temporary name lies in it and has path's ending.  Of a link
+    the file behind it is written.  Raises UserError with path and the reason.
     """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f'{path} is a device or a pipe: name a file to write')
     parent, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(parent, f'.{os.getpid()}.{name}')
     try:

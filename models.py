@@ -524,11 +524,11 @@ def is_complete(path, settings):
 
 
 def collect_results(path, logs):
-    """Write into one results log the settings and the accuracy of every finished run of these logs."""
+    """Write into one results log the settings and the test's metrics of every finished run of these logs."""
     folder, records = os.path.dirname(os.path.dirname(path)), []
     for log in sorted(logs):
         lines = read_log(log)
         if lines and lines[-1]['kind'] == 'test' and not log.endswith('_last.jsonl'):
-            records.append(dict(lines[0]['settings'], kind='result', accuracy=lines[-1]['accuracy'],
-                                images=lines[-1]['images'], log=os.path.relpath(log, folder)))
+            metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
+            records.append(dict(lines[0]['settings'], kind='result', log=os.path.relpath(log, folder), **metrics))
     write_log(path, records)

@@ -397,7 +397,8 @@ def plot(args):
     plot_progress(os.path.join(args.out, 'fig2_5.png'), checkpoint,
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.png'), generator, device)
-    plot_methods(os.path.join(args.out, 'table2.png'), scores)
+    plot_methods(os.path.join(args.out, 'table2.png'), scores,
+                 training[split_held_out(len(training))[0][:COLUMNS]])
     print(f'seven figures and tables are in {args.out}')
 
 
@@ -508,10 +509,11 @@ def plot_walks(path, generator, device):
     save_figure(path, figure)
 
 
-def plot_methods(path, scores):
-    """table2: every run that was scored, with eight faces that it draws."""
-    strips = np.concatenate([read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']),
-                                        None)[:-2] for record in scores])
+def plot_methods(path, scores, real):
+    """table2: every run that was scored, with eight faces that it draws, or eight real ones (8, 3, 64, 64)."""
+    strips = np.concatenate([
+        (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
+         else make_grid(real, COLUMNS))[:-2] for record in scores])
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (255, 'right', 'images seen', '{images:,}'),
                (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'detected', '{detected:.3f}'),

@@ -64,7 +64,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
 DEFAULTS = dict(
-    steps=4000,              # of one batch of each domain; the first quarter trains on the source alone
+    steps=6000,              # of one batch of each domain; the first quarter trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
@@ -161,7 +161,7 @@ def train(args):
         if cell and args.resume and is_complete(os.path.splitext(ckpt)[0] + '.jsonl', settings):
             print(f'{ckpt} is complete', flush=True)
         else:
-            train_run(args, ckpt, given, defaults)
+            train_run(args, ckpt, settings if cell else given, defaults)
         if not args.ckpt:
             collect_results(RESULTS, glob.glob(os.path.join(glob.escape(RUNS), '*.jsonl')) + glob.glob(
                 os.path.join(glob.escape(HERE), 'checkpoints', PROBLEM + '_*.jsonl')))
@@ -169,12 +169,14 @@ def train(args):
 
 def run_path(settings):
     """Return the checkpoint of the run with these settings; one run for each target is shipped."""
-    shipped = dict(DEFAULTS, target=settings['target'], source=SOURCE_OF[settings['target']])
-    if all(settings[name] == shipped[name] for name in ('source', 'pieces', 'seed')):
+    if settings == dict(DEFAULTS, target=settings['target'], source=SOURCE_OF[settings['target']]):
         return os.path.join(HERE, 'checkpoints', f'{PROBLEM}_{settings["target"]}.pth')
-    name = '{source}_{target}_{pieces}_seed{seed}.pth'.format(
+    name = '{source}_{target}_{pieces}_seed{seed}'.format(
         **dict(settings, pieces=settings['pieces'].replace(',', '+') or 'plain'))
-    return os.path.join(RUNS, name)
+    for other in ('steps', 'batch_size'):
+        if settings[other] != DEFAULTS[other]:
+            name += f'_{other}{settings[other]}'
+    return os.path.join(RUNS, name + '.pth')
 
 
 def train_run(args, ckpt, given, defaults):
@@ -340,10 +342,12 @@ def train_run(args, ckpt, given, defaults):
                 dropout_rng=torch.get_rng_state()))
     # final check from file
     state = load_checkpoint(base + '_last.pth', STATE)
-    net = DigitNet(**config)
+    source_net, net = DigitNet(**config), DigitNet(**config)
+    source_net.load_state_dict(state['source_net'])        # what adaptation began with
     net.load_state_dict(state['average'])
-    net = with_statistics(net, seen, device)
-    metrics = dict(images=len(test.names), accuracy=p3_dann.accuracy(net, test, device))
+    source_net, net = [with_statistics(one, seen, device) for one in (source_net, net)]
+    metrics = dict(images=len(test.names), accuracy=p3_dann.accuracy(net, test, device),
+                   unadapted_accuracy=p3_dann.accuracy(source_net, test, device))
     log.add('test', step=steps, **metrics)
     save_checkpoint(ckpt, dict(problem=PROBLEM, step=steps, config=config, net=plain_state(net),
                                settings=settings, metrics=metrics, command=command))

@@ -135,6 +135,8 @@ def digit_values():
     dann, adda = p3_dann.read_table(), p4_adda.read_table()
     rows = {f'{setting}_{augment:g}': (dann, dict(setting=setting, augment=augment))
             for _, setting, augment in p3_dann.ROWS}
+    adabn = p3_dann.with_target_statistics([record for record in dann if record['setting'] == 'source'])
+    rows.update({f'adabn_{augment:g}': (adabn, dict(augment=augment)) for augment in (0, 1)})
     rows.update(plain=(adda, dict(pieces='')), improved=(adda, dict(pieces=p4_adda.DEFAULTS['pieces'])))
     means = {}
     for target in sorted(SOURCE_OF):

@@ -377,9 +377,10 @@ def samples(args):
                       held_out_frechet=float(of_held_out[2]),
                       own=p2_gan.frechet_distance(means, held_out),
                       copied=torch.cdist(held_out if name == 'real' else means,
-                                         training).min(1)[0].mean().item(),
-                      picture='samples/{}_{}.png'.format(name.replace('/', '_'), record['images']))
-        save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
+                                         training).min(1)[0].mean().item())
+        if name != 'real':                 # no image of the data set is kept here
+            record['picture'] = 'samples/{}_{}.png'.format(name.replace('/', '_'), record['images'])
+            save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
         print(f'{name}: {line}, own {record["own"]:.2f}, copied {record["copied"]:.2f}', flush=True)
         with open(path) as file:               # again: another scoring may have run beside this one
             records = [old for old in map(json.loads, file) if old['what'] != name

@@ -132,13 +132,38 @@ def test_more_than_one_chunk_of_images(script, tmp_path):
 
 
 def test_file_that_is_no_image_stops_it(script, tmp_path):
-    """Its name and the reason on stderr, and no file at OUT, not even an old one's rest."""
+    """Its name and the reason on stderr, and no file at OUT, not even a part of one."""
     shutil.copytree(DIGITS, str(tmp_path / 'digits'))
     for content in (b'', b'no image', open(os.path.join(DIGITS, '00005.png'), 'rb').read()[:200]):
         (tmp_path / 'digits' / '00005.png').write_bytes(content)
         result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'])
         assert_one_line(result, '00005.png', 'cannot be read as an image')
         assert os.listdir(str(tmp_path)) == ['digits']
+
+
+def test_link_to_nothing_is_not_left_out(script, tmp_path):
+    """Its row would be missing and nobody would know."""
+    shutil.copytree(DIGITS, str(tmp_path / 'digits'))
+    os.symlink(str(tmp_path / 'nowhere.png'), str(tmp_path / 'digits' / 'link.png'))
+    result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'])
+    assert_one_line(result, 'link.png', 'cannot be read as an image')
+    assert not (tmp_path / 'pred.csv').exists()
+
+
+def test_out_that_is_a_link(script, tmp_path):
+    """The file behind it is written, and the link stays."""
+    (tmp_path / 'old.csv').write_text('old')
+    os.symlink(str(tmp_path / 'old.csv'), str(tmp_path / 'pred.csv'))
+    script.label(DIGITS, tmp_path / 'pred.csv')
+    assert (tmp_path / 'pred.csv').is_symlink()
+    assert (tmp_path / 'old.csv').read_text().startswith('image_name,label\n')
+
+
+def test_out_that_is_no_file(script, tmp_path):
+    os.mkfifo(str(tmp_path / 'pipe.csv'))
+    result = run(['bash', script.path, DIGITS, 'usps', tmp_path / 'pipe.csv'])
+    assert_one_line(result, 'pipe.csv is a device or a pipe')
+    assert os.listdir(str(tmp_path)) == ['pipe.csv'] and not (tmp_path / 'pipe.csv').is_file()
 
 
 @pytest.mark.parametrize('folder,words', [

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, assert_one_line, run, write_rows
 
 import p3_dann
+import p4_adda
 from datasets import (DigitImages, augment_digits, balanced_rows, list_images, read_ahead,
                       read_images)
 from models import (DigitEncoder, DigitNet, DomainDiscriminator, GradientReversal, predict,
@@ -227,3 +228,10 @@ def test_table_of_runs_is_the_assignments():
     shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
     assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',
                                                             'p3_dann_usps.pth']
+
+
+@pytest.mark.parametrize('module', [p3_dann, p4_adda])
+def test_a_short_run_does_not_replace_the_shipped_one(module):
+    for name, value in (('steps', 20), ('batch_size', 8), ('seed', 1)):
+        path = module.run_path(dict(module.DEFAULTS, **{name: value}))
+        assert os.path.dirname(path) == module.RUNS

@@ -17,7 +17,8 @@ import p1_vae
 import p2_gan
 import p3_dann
 import p4_adda
-from models import load_checkpoint, save_checkpoint
+from datasets import to_float
+from models import load_checkpoint, save_checkpoint, with_statistics
 
 # the real programs with small nets that log and save often
 QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; program.LOG_EVERY = 1; '
@@ -395,6 +396,14 @@ def test_settings_of_the_digits(data_dir, tmp_path, setting, augment):
     losses = [record['label_loss'] for record in records(one, 'train')]
     if augment == '0':
         assert sum(losses[-25:]) < 0.8 * sum(losses[:25])
+    test, cpu = records(one, 'test')[0], torch.device('cpu')
+    assert ('adabn_accuracy' in test) == (setting == 'source')
+    if (setting, augment) == ('source', '0'):
+        net, checkpoint = p3_dann.load_net(str(one), cpu)
+        seen, unseen = [p3_dann.read_digits(str(data_dir), checkpoint['settings']['target'], split)
+                        for split in ('train', 'test')]
+        net = with_statistics(net, to_float(seen.images), cpu)
+        assert p3_dann.accuracy(net, unseen, cpu) == pytest.approx(test['adabn_accuracy'])
 
 
 @pytest.mark.parametrize('setting', ['dann', 'dann_entropy'])
