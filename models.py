@@ -530,5 +530,6 @@ def collect_results(path, logs):
         lines = read_log(log)
         if lines and lines[-1]['kind'] == 'test' and not log.endswith('_last.jsonl'):
             metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
-            records.append(dict(lines[0]['settings'], kind='result', log=os.path.relpath(log, folder), **metrics))
+            records.append(dict(lines[0]['settings'], kind='result', log=os.path.relpath(log, folder),
+                                **metrics))
     write_log(path, records)

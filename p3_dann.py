@@ -240,10 +240,10 @@ def train_run(args, ckpt, given, defaults):
         scalars.update(label_loss=loss.detach(), learning_rate=learning_rate)
         if setting.startswith('dann'):
             rows = torch.randint(len(unlabelled), (batch_size,), generator=rng)
-            x = on_device(augment_digits(to_float(unlabelled[rows]), settings['augment'], rng), device)
+            target_x = on_device(augment_digits(to_float(unlabelled[rows]), settings['augment'], rng), device)
             ramp = ramp_at(step, steps)
             with autocast(device, precision):
-                target_features = net.encoder(x)
+                target_features = net.encoder(target_x)
                 of_source, of_target = [discriminator(GradientReversal.apply(one, REVERSAL * ramp))
                                         for one in (features, target_features)]
             domain = domain_loss(of_source.float(), of_target.float())

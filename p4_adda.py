@@ -80,11 +80,12 @@ DIVERSITY = 0.5              # weight of the negative entropy of the mean predic
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 50               # steps
-SAVE_EVERY = 500             # steps
+SAVE_EVERY = 750             # steps
 
-# the table: three scenarios, three seeds of plain and improved ADDA, one of what lies between them
-ROWS = tuple((','.join(PIECES[:count]), (0, 1, 2) if count in (0, len(PIECES)) else (0,))
-             for count in range(len(PIECES) + 1))
+# the table: three scenarios, rows of (label, pieces, seeds): three seeds of plain and improved ADDA, one
+# of what lies between them
+ROWS = tuple(('+ ' + PIECES[count - 1].replace('_', ' ') if count else 'plain ADDA', ','.join(PIECES[:count]),
+              p3_dann.SEEDS if count in (0, len(PIECES)) else (0,)) for count in range(len(PIECES) + 1))
 RUNS = os.path.join(HERE, 'checkpoints', 'p4_runs')
 RESULTS = os.path.join(HERE, 'checkpoints', 'p4_results.jsonl')
 
@@ -148,7 +149,7 @@ def learning_rate_at(step, steps):
 def train(args):
     """Train one run or, without --target, every run of the table that the other flags leave."""
     cells = [{}] if args.target else [
-        cell for pieces, seeds in ROWS for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
+        cell for _, pieces, seeds in ROWS for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
         for cell in [dict(pieces=pieces, target=target, seed=seed)]
         if all(getattr(args, name) in (None, value) for name, value in cell.items())]
     if not cells:
@@ -270,21 +271,21 @@ def train_run(args, ckpt, given, defaults):
                 with torch.no_grad(), autocast(device, precision):
                     source_features = source_net.encoder(x)
                 # without dropout, by which the discriminator could tell the two apart
-                of_source, of_target = [
+                inputs = [
                     discriminator_input(one.float(), net.classifier[-1](one.float()), 'conditional' in pieces)
                     for one in (source_features, features)]
                 with autocast(device, precision):
-                    verdicts = discriminator(of_source), discriminator(of_target.detach())
-                domain = p3_dann.domain_loss(*[verdict.float() for verdict in verdicts])
+                    of_source, of_target = [discriminator(one.detach()) for one in inputs]
+                domain = p3_dann.domain_loss(of_source.float(), of_target.float())
                 discriminator_optimizer.zero_grad()
                 domain.backward()
                 discriminator_optimizer.step()
                 with autocast(device, precision):
-                    fooled = fooling_loss(discriminator(of_target).float())
+                    fooled = fooling_loss(discriminator(inputs[1]).float())
                 loss = loss + ADVERSARIAL * fooled
                 scalars.update(domain_loss=domain.detach(), fooling_loss=fooled.detach(),
-                               domain_accuracy=0.5 * ((verdicts[0] > 0).float().mean()
-                                                      + (verdicts[1] < 0).float().mean()))
+                               domain_accuracy=0.5 * ((of_source > 0).float().mean()
+                                                      + (of_target < 0).float().mean()))
                 if 'anchor' in pieces:
                     with autocast(device, precision):
                         anchored = F.cross_entropy(net(x).float(), labels)
@@ -411,13 +412,15 @@ def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
     results, bounds = read_table(), p3_dann.read_table()
-    ours = [(pieces, [record for record in results if record['pieces'] == pieces]) for pieces, _ in ROWS]
+    ours = [(label, [record for record in results if record['pieces'] == pieces])
+            for label, pieces, _ in ROWS]
     lower, dann, upper = [[record for record in bounds if (record['setting'], record['augment'])
                            == (setting, p3_dann.DEFAULTS['augment'])]
                           for setting in ('source', p3_dann.DEFAULTS['setting'], 'target')]
     p3_dann.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
-        ('lower bound: source only', lower), ('DANN + entropy', dann), ('plain ADDA', ours[0][1]),
-        ('improved ADDA', ours[-1][1]),
+        ('lower bound: source only', lower), ('DANN + entropy', dann),
+        ('plain ADDA, before adaptation', before_adaptation(ours[0][1])), ('plain ADDA', ours[0][1]),
+        ('improved ADDA, before adaptation', before_adaptation(ours[-1][1])), ('improved ADDA', ours[-1][1]),
         ('improved ADDA, shipped: seed 0', p3_dann.of_seed_0(ours[-1][1])),
         ('upper bound: target only', upper)])
     curves, found, plain = {}, {}, {}
@@ -445,8 +448,14 @@ def plot(args):
 
 def read_table():
     """Return the records of the results log that belong to the table: its steps, batches and seeds."""
-    return [record for record in read_log(RESULTS) if record['seed'] in dict(ROWS).get(record['pieces'], ())
+    seeds_of = {pieces: seeds for _, pieces, seeds in ROWS}
+    return [record for record in read_log(RESULTS) if record['seed'] in seeds_of.get(record['pieces'], ())
             and all(record[name] == DEFAULTS[name] for name in ('steps', 'batch_size'))]
+
+
+def before_adaptation(records):
+    """Return these runs as the source's part leaves them, with the target's batch statistics."""
+    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records]
 
 
 def plot_learning_curves(path, curves):
@@ -474,9 +483,9 @@ def plot_learning_curves(path, curves):
 def plot_ablation(path, ours, lower, upper):
     """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time.
 
-    ours is a list of (pieces, records of the results log), lower and upper are the bounds' records.
+    ours is a list of (label, records of the results log), lower and upper are the bounds' records.
     """
-    labels = ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in PIECES]
+    labels = [label for label, _ in ours]
     figure, all_axes = new_figure(13, 4.2, columns=3)
     for axes, (target, source) in zip(all_axes, sorted(SOURCE_OF.items())):
         def values(records):

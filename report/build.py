@@ -137,7 +137,9 @@ def digit_values():
             for _, setting, augment in p3_dann.ROWS}
     adabn = p3_dann.with_target_statistics([record for record in dann if record['setting'] == 'source'])
     rows.update({f'adabn_{augment:g}': (adabn, dict(augment=augment)) for augment in (0, 1)})
-    rows.update(plain=(adda, dict(pieces='')), improved=(adda, dict(pieces=p4_adda.DEFAULTS['pieces'])))
+    for name, records in (('', adda), ('_before', p4_adda.before_adaptation(adda))):
+        rows.update({'plain' + name: (records, dict(pieces='')),
+                     'improved' + name: (records, dict(pieces=p4_adda.DEFAULTS['pieces']))})
     means = {}
     for target in sorted(SOURCE_OF):
         for name, (records, wanted) in rows.items():
@@ -152,8 +154,7 @@ def digit_values():
                       if 'domain_accuracy' in record]
             told_apart[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}'
     ablation = [[label] + [f'{value:.1f}' for target in sorted(SOURCE_OF) for value in accuracies(
-        adda, target, pieces=pieces, seed=0)] for label, (pieces, _) in zip(
-            ['plain ADDA'] + ['+ ' + piece.replace('_', ' ') for piece in p4_adda.PIECES], p4_adda.ROWS)]
+        adda, target, pieces=pieces, seed=0)] for label, pieces, _ in p4_adda.ROWS]
     return dict(
         means, told_apart=told_apart, scenarios=[f'{DOMAIN_NAMES[SOURCE_OF[target]]} → {DOMAIN_NAMES[target]}'
                           for target in sorted(SOURCE_OF)],

@@ -62,11 +62,11 @@ def test_learning_rate_starts_and_ends_near_zero():
 
 def test_table_of_runs():
     """Plain and improved ADDA with three seeds, what lies between with one; one run each is shipped."""
-    assert [row[0] for row in p4_adda.ROWS][:2] == ['', 'normalise']
-    assert p4_adda.ROWS[-1][0] == p4_adda.DEFAULTS['pieces']
-    assert [len(seeds) for _, seeds in p4_adda.ROWS] == [3] + [1] * (len(p4_adda.PIECES) - 1) + [3]
+    assert [pieces for _, pieces, _ in p4_adda.ROWS][:2] == ['', 'normalise']
+    assert p4_adda.ROWS[-1][1] == p4_adda.DEFAULTS['pieces']
+    assert [len(seeds) for _, _, seeds in p4_adda.ROWS] == [3] + [1] * (len(p4_adda.PIECES) - 1) + [3]
     paths = {p4_adda.run_path(dict(p4_adda.DEFAULTS, pieces=pieces, seed=seed))
-             for pieces, seeds in p4_adda.ROWS for seed in seeds}
+             for _, pieces, seeds in p4_adda.ROWS for seed in seeds}
     assert len(paths) == 6 + len(p4_adda.PIECES) - 1
     assert sum(path.endswith('checkpoints/p4_adda_mnistm.pth') for path in paths) == 1
 

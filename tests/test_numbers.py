@@ -230,11 +230,14 @@ def digit_results():
             rows.append((f'{label}, the target\'s batch statistics', 'adabn', wanted))
     for label, problem, wanted in (dann, ('plain ADDA', 'p4', dict(pieces='')), adda):
         shipped = label != 'plain ADDA'
+        if problem == 'p4':
+            rows.append((f'{label}, before adaptation', 'before', wanted))
         rows.append((f'**{label}**' if shipped else label, problem, wanted))
         if shipped:
             rows.append((f'{label}, shipped: seed 0, which `bash hw3_{problem}.sh` gives', problem, dict(wanted, seed=0)))
     rows.append(upper)
     logs = dict(p3=p3_dann.read_table(), p4=p4_adda.read_table())
+    logs['before'] = p4_adda.before_adaptation(logs['p4'])
     logs['adabn'] = p3_dann.with_target_statistics(
         [record for record in logs['p3'] if record['setting'] == 'source'])
     targets, shipped_dann, shipped_adda = sorted(SOURCE_OF), dann, adda
@@ -270,7 +273,7 @@ def digit_results():
          [np.mean(low) >= np.mean(high) - 1 if low and high else None for low, high in zip(adda, upper)])]
     words = {True: 'yes', False: 'no', None: 'not measured'}
     lines += ['', 'In float32 ran ' + '; in bfloat16 '.join(', '.join(
-        label.strip('*') for label, problem, wanted in rows if 'seed' not in wanted and problem != 'adabn' and any(
+        label.strip('*') for label, problem, wanted in rows if 'seed' not in wanted and problem in ('p3', 'p4') and any(
             one(read(os.path.join(ROOT, record['log'])), kind='run')['precision'] == precision for record in logs[problem]
             if all(record[name] == value for name, value in wanted.items()))) for precision in ('fp32', 'bf16'))
         + '. A grader\'s score is to be compared with the rows of seed 0.']
@@ -283,12 +286,12 @@ def digit_results():
         f'{text} (reached: {" / ".join(words[None if yes is None else bool(yes)] for yes in found)})'
         for text, found in goals) + '.']
     ablation = [[f'{value:.1f}' for target in targets for value in accuracies(
-        logs['p4'], target, pieces=pieces, seed=0)] for pieces, _ in p4_adda.ROWS]
+        logs['p4'], target, pieces=pieces, seed=0)] for _, pieces, _ in p4_adda.ROWS]
     if all(len(cells) == len(targets) for cells in ablation):
         lines += ['', 'From plain to improved ADDA, one piece added at a time, seed 0 (what a piece does is in `p4_adda.py '
                   '--help`):', '', lines[4], lines[5]]
-        lines += [f'| {label} | ' + ' | '.join(cells) + ' |' for label, cells in zip(
-            ['plain ADDA'] + ['+ ' + piece for piece in p4_adda.PIECES], ablation)]
+        lines += [f'| {label} | ' + ' | '.join(cells) + ' |'
+                  for (label, _, _), cells in zip(p4_adda.ROWS, ablation)]
     return lines
 
 

@@ -495,7 +495,7 @@ def test_every_piece_changes_the_net(data_dir, tmp_path):
     In ten steps the teacher would be sure of no image, so here every image is enough for it.
     """
     trainer, found = Trainer('p4_adda'), []
-    for index, (pieces, _) in enumerate(p4_adda.ROWS):
+    for index, (_, pieces, _) in enumerate(p4_adda.ROWS):
         ckpt = tmp_path / f'{index}.pth'
         command = trainer.command(data_dir, ckpt, '--steps', '10', '--pieces', pieces or 'none')
         command[2] = command[2].replace('program.main()', 'program.CONFIDENT = 0.0; program.main()')
