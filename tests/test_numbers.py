@@ -272,10 +272,16 @@ def digit_results():
         ('its mean at most one point below the upper bound',
          [np.mean(low) >= np.mean(high) - 1 if low and high else None for low, high in zip(adda, upper)])]
     words = {True: 'yes', False: 'no', None: 'not measured'}
-    lines += ['', 'In float32 ran ' + '; in bfloat16 '.join(', '.join(
-        label.strip('*') for label, problem, wanted in rows if 'seed' not in wanted and problem in ('p3', 'p4') and any(
-            one(read(os.path.join(ROOT, record['log'])), kind='run')['precision'] == precision for record in logs[problem]
-            if all(record[name] == value for name, value in wanted.items()))) for precision in ('fp32', 'bf16'))
+    ran = {'float32': [], 'bfloat16': []}
+    for label, problem, wanted in rows:
+        if 'seed' not in wanted and problem in ('p3', 'p4'):
+            found = {one(read(os.path.join(ROOT, record['log'])), kind='run')['precision'] for record in logs[problem]
+                     if all(record[name] == value for name, value in wanted.items())}
+            for precision in found:
+                ran[dict(fp32='float32', bf16='bfloat16')[precision]].append(label.strip('*'))
+    lines += ['', 'Precision in training: ' + '; '.join(
+        f'{precision} in {", ".join(labels) if all(ran.values()) else "every run"}'
+        for precision, labels in ran.items() if labels)
         + '. A grader\'s score is to be compared with the rows of seed 0.']
     lines += ['', 'Training time: ' + '; '.join(
         f'a run of {label} {min(one):.0f} to {max(one):.0f} core-minutes, the table of problem {problem[1]} '
