@@ -422,7 +422,7 @@ def plot_table(base, title, rows):
                             + [f'seed {seed}' for seed in SEEDS])
             writer.writerows(lines)
     write_whole(base + '.csv', write)
-    figure, axes = new_figure(9.5, 0.36 * len(rows) + 1.0)
+    figure, axes = new_figure(11, 0.36 * len(rows) + 1.0)
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
                        cellLoc='center', bbox=[0.12, 0, 0.88, 1],

@@ -64,7 +64,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
 DEFAULTS = dict(
-    steps=6000,              # of one batch of each domain; the first quarter trains on the source alone
+    steps=4000,              # of one batch of each domain; the first quarter trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
@@ -80,7 +80,7 @@ DIVERSITY = 0.5              # weight of the negative entropy of the mean predic
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 50               # steps
-SAVE_EVERY = 750             # steps
+SAVE_EVERY = 500             # steps
 
 # the table: three scenarios, rows of (label, pieces, seeds): three seeds of plain and improved ADDA, one
 # of what lies between them
@@ -454,8 +454,12 @@ def read_table():
 
 
 def before_adaptation(records):
-    """Return these runs as the source's part leaves them, with the target's batch statistics."""
-    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records]
+    """Return these runs as the source's part leaves them, with the target's batch statistics.
+
+    Runs whose logs are older than that measurement are left out.
+    """
+    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records
+            if 'unadapted_accuracy' in record]
 
 
 def plot_learning_curves(path, curves):
