@@ -153,8 +153,11 @@ def digit_values():
             shares = [record['domain_accuracy'] for record in read(os.path.splitext(path)[0] + '.jsonl')
                       if 'domain_accuracy' in record]
             told_apart[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}'
-    ablation = [[label] + [f'{value:.1f}' for target in sorted(SOURCE_OF) for value in accuracies(
-        adda, target, pieces=pieces, seed=0)] for label, pieces, _ in p4_adda.ROWS]
+    ablation = [[label] + [
+        f'{value:.1f}' + ''.join(f' ({before:.1f})' for before in accuracies(
+            p4_adda.before_adaptation(adda), target, pieces=pieces, seed=0))
+        for target in sorted(SOURCE_OF) for value in accuracies(adda, target, pieces=pieces, seed=0)]
+        for label, pieces, _ in p4_adda.ROWS]
     return dict(
         means, told_apart=told_apart, scenarios=[f'{DOMAIN_NAMES[SOURCE_OF[target]]} → {DOMAIN_NAMES[target]}'
                           for target in sorted(SOURCE_OF)],

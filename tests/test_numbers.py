@@ -289,7 +289,7 @@ def digit_results():
         for precision, labels in ran.items() if labels)
         + '. A grader\'s score is to be compared with the rows of seed 0.']
     lines += ['', 'Training time: ' + '; '.join(
-        f'a run of {label} {min(one):.0f} to {max(one):.0f} core-minutes, the table of problem {problem[1]} '
+        f'a run of {label} {min(one):.1f} to {max(one):.1f} core-minutes, the table of problem {problem[1]} '
         f'{sum(every) / 60:.1f} core-hours' for label, problem, one, every in (
             (label.strip('*'), problem, core_minutes(logs[problem], wanted), core_minutes(logs[problem], {}))
             for label, problem, wanted in (shipped_dann, shipped_adda))) + '.']
@@ -300,7 +300,7 @@ def digit_results():
         logs['p4'], target, pieces=pieces, seed=0)] for _, pieces, _ in p4_adda.ROWS]
     if all(len(cells) == len(targets) for cells in ablation):
         lines += ['', 'From plain to improved ADDA, one piece added at a time, seed 0 (what a piece does is in `p4_adda.py '
-                  '--help`):', '', lines[4], lines[5]]
+                  '--help`):', '', lines[3], lines[4]]
         lines += [f'| {label} | ' + ' | '.join(cells) + ' |'
                   for (label, _, _), cells in zip(p4_adda.ROWS, ablation)]
     return lines
