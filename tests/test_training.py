@@ -551,8 +551,9 @@ def test_pieces_of_adda(data_dir, tmp_path, pieces):
 def test_table_is_trained_and_resumed(data_dir, copy_of_project):
     """--train without --target: every run of the table that the flags leave; finished ones stay."""
     trainer = Trainer('p3_dann')
-    command = trainer.command(data_dir, 'x.pth', '--steps', '1', '--setting', 'dann_entropy')
-    command[2] = command[2].replace(ROOT, str(copy_of_project))
+    command = trainer.command(data_dir, 'x.pth', '--setting', 'dann_entropy')
+    command[2] = command[2].replace(ROOT, str(copy_of_project)).replace(
+        'program.main()', 'program.DEFAULTS.update(steps=1, batch_size=4); program.main()')
     for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
         command.remove(word)
     folder = copy_of_project / 'checkpoints'
@@ -571,6 +572,8 @@ def test_table_is_trained_and_resumed(data_dir, copy_of_project):
     before = (folder / 'p3_dann_usps.pth').stat().st_mtime_ns
     again = run(command + ['--seed', '0', '--resume'])
     assert again.returncode == 0 and again.stdout.count('is complete') == 6
+    longer = run(command + ['--seed', '0', '--steps', '2'])
+    assert longer.returncode == 0 and (folder / 'p3_runs' / 'svhn_usps_dann_entropy_augment1_seed0_steps2.pth').exists()
     assert (folder / 'p3_dann_usps.pth').stat().st_mtime_ns == before
 
 
