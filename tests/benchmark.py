@@ -195,8 +195,7 @@ def plain_adda():
         logits = net.classifier(features)
         loss = (p4_adda.ADVERSARIAL * p4_adda.fooling_loss(judged(features))
                 + torch.nn.functional.cross_entropy(net(x), labels)
-                + p4_adda.confident_loss(logits, probabilities)[0]
-                + p4_adda.DIVERSITY * p4_adda.diversity_loss(logits))
+                + p4_adda.confident_loss(logits, p4_adda.diversified(probabilities, probabilities.mean(0)))[0])
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()

@@ -1,6 +1,6 @@
 """ADDA's losses against oracles on hand-made numbers."""
-import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,17 +41,31 @@ def test_only_confident_images_count():
     assert nobody.item() == 0 and share.item() == 0
 
 
-def test_diversity_is_least_where_all_classes_are_predicted_alike():
-    every = 50 * torch.eye(10)                       # ten images, each sure of another digit
-    assert p4_adda.diversity_loss(every).item() == pytest.approx(-math.log(10), abs=1e-4)
-    assert p4_adda.diversity_loss(torch.zeros(4, 10)).item() == pytest.approx(-math.log(10), abs=1e-4)
-    collapsed = torch.zeros(10, 10)
-    collapsed[:, 3] = 50
-    assert p4_adda.diversity_loss(collapsed).item() == pytest.approx(0, abs=1e-4)
-    half = torch.cat([every[:1], every[1:2]])
-    assert p4_adda.diversity_loss(half).item() == pytest.approx(-math.log(2), abs=1e-4)
-    assert [p4_adda.diversity_at(step, 100, 400) for step in (100, 250, 400)] == [
-        p4_adda.DIVERSITY, p4_adda.DIVERSITY / 2, 0]
+def test_diversity_gives_to_rare_classes_alone():
+    """Among frequent classes nothing changes; a rare one gains by as much as it is short of."""
+    logits, shares = torch.randn(7, 10), torch.softmax(2 * torch.randn(10), 0)
+    probabilities = torch.softmax(logits, 1)
+    found = p4_adda.diversified(probabilities, shares)
+    short = (p4_adda.DIVERSITY / shares).clamp(min=1)
+    assert torch.allclose(found, torch.softmax(logits + short.log(), 1), atol=1e-6)
+    assert torch.allclose(p4_adda.diversified(probabilities, torch.full((10,), 0.1)), probabilities, atol=1e-6)
+    between = torch.zeros(1, 10)
+    between[0, 1], between[0, 7] = 0.6, 0.4          # more of a one, of which there have been enough
+    uneven = torch.full((10,), 0.1)
+    uneven[1], uneven[7] = 0.15, 0.05
+    assert p4_adda.diversified(between, uneven)[0].tolist()[1:8:6] == pytest.approx([3 / 7, 4 / 7])
+
+
+def test_nuclear_norm_is_highest_for_sure_and_even_predictions():
+    even = torch.eye(10).repeat(5, 1)
+    assert p4_adda.nuclear_norm(even) == pytest.approx(1)
+    assert p4_adda.nuclear_norm(torch.full((50, 10), 0.1)) == pytest.approx(0.1)
+    collapsed = torch.zeros(50, 10)
+    collapsed[:, 3] = 1
+    assert p4_adda.nuclear_norm(collapsed) == pytest.approx(0.1 ** 0.5)
+    halves = torch.softmax(torch.randn(50, 10), 1)
+    values = np.linalg.svd(halves.numpy(), compute_uv=False)
+    assert p4_adda.nuclear_norm(halves) == pytest.approx(values.sum() / 500 ** 0.5, rel=1e-5)
 
 
 def test_learning_rate_starts_and_ends_near_zero():
