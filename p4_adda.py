@@ -128,8 +128,8 @@ def diversified(probabilities, shares):
     """Divide probabilities (N, 10) by the classes' shares (10,), at most DIVERSITY; then rows sum to 1.
 
     shares > 0 is what the mean of the probabilities has been of late.  Source: after Wang et al. 2022
-    (arXiv 2201.01490), who subtract half the logarithm of every share from the logits; here a class short
-    of DIVERSITY is made up for wholly, and the others are left alone.
+    (arXiv 2201.01490), who subtract a part of the logarithm of every share from the logits; here a class
+    short of DIVERSITY is made up for wholly, and the others are left alone.
     """
     adjusted = probabilities / shares.clamp(max=DIVERSITY)
     return adjusted / adjusted.sum(1, keepdim=True)
