@@ -235,7 +235,8 @@ def test_bad_checkpoints(script, tmp_path, ckpt, words):
 WRONG = dict(
     p3_dann=[['--train', '--setting', 'both'], ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
     p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor'],
-             ['--train', '--pieces', 'patches'], ['--train', '--pieces', 'anchor,self_training']])
+             ['--train', '--pieces', 'patches'], ['--train', '--pieces', 'diversity'],
+             ['--train', '--pieces', 'anchor,self_training']])
 
 
 @pytest.mark.parametrize('arguments', [
