@@ -138,9 +138,11 @@ def diversified(probabilities, shares):
 def nuclear_norm(probabilities):
     """Nuclear norm of probabilities (N, 10), scaled so that it is at most 1: high if sure and diverse.
 
-    It judges predictions without labels, and likes even shares best.  Source: Cui et al. 2020 (arXiv
-    2003.12237), eq. 8.
+    It judges predictions without labels, and likes even shares best; it is nan for a net that diverged.
+    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
     """
+    if not torch.isfinite(probabilities).all():
+        return math.nan
     return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
 
 

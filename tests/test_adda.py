@@ -63,6 +63,7 @@ def test_nuclear_norm_is_highest_for_sure_and_even_predictions():
     collapsed = torch.zeros(50, 10)
     collapsed[:, 3] = 1
     assert p4_adda.nuclear_norm(collapsed) == pytest.approx(0.1 ** 0.5)
+    assert np.isnan(p4_adda.nuclear_norm(torch.full((50, 10), float('nan'))))
     halves = torch.softmax(torch.randn(50, 10), 1)
     values = np.linalg.svd(halves.numpy(), compute_uv=False)
     assert p4_adda.nuclear_norm(halves) == pytest.approx(values.sum() / 500 ** 0.5, rel=1e-5)
