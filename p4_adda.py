@@ -466,12 +466,8 @@ def read_table():
 
 
 def before_adaptation(records):
-    """Return these runs as the source's part leaves them, with the target's batch statistics.
-
-    Runs whose logs are older than that measurement are left out.
-    """
-    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records
-            if 'unadapted_accuracy' in record]
+    """Return these runs as the source's part leaves them, with the target's batch statistics."""
+    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records]
 
 
 def plot_learning_curves(path, curves):

@@ -165,7 +165,8 @@ def digit_values():
     for label, pieces, seed in [
             (label, pieces, seed) for label, pieces, seeds in p4_adda.ROWS for seed in seeds
             if label == '+ teacher' or pieces == p4_adda.DEFAULTS['pieces']]:
-        path = p4_adda.run_path(dict(p4_adda.DEFAULTS, target='svhn', source=SOURCE_OF['svhn'], pieces=pieces, seed=seed))
+        path = p4_adda.run_path(dict(p4_adda.DEFAULTS, target='svhn', source=SOURCE_OF['svhn'],
+                                     pieces=pieces, seed=seed))
         seen = {record['step']: record['predicted_shares'] for record in read(os.path.splitext(path)[0] + '.jsonl')
                 if record['kind'] == 'held_out'}
         label = 'improved' if pieces == p4_adda.DEFAULTS['pieces'] else 'without diversity and self-training'

@@ -1,5 +1,4 @@
 """ADDA's losses against oracles on hand-made numbers."""
-
 import numpy as np
 import pytest
 import torch
