@@ -63,7 +63,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
 DEFAULTS = dict(
-    steps=6000,              # of one batch of each domain; the first sixth trains on the source alone
+    steps=10000,             # of one batch of each domain; the first tenth trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
@@ -197,7 +197,7 @@ def train_run(args, ckpt, given, defaults):
     device = pick_device(args.device)
     settings, state = resume_run(base + '_last.pth', STATE, args.resume, given=given, defaults=defaults)
     steps, batch_size, pieces = settings['steps'], settings['batch_size'], settings['pieces'].split(',')
-    first, last = steps // 6, steps - steps // 5     # ends of the source's part and of the adversarial one
+    first, last = steps // 10, steps - steps // 5     # ends of the source's part and of the adversarial one
     torch.manual_seed(settings['seed'])                                    # the first weights, dropout
     rng = torch.Generator().manual_seed(settings['seed'])                  # batches, augmentation
     # data
