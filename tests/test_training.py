@@ -461,28 +461,28 @@ def test_any_pair_of_domains(data_dir, tmp_path, name):
 
 @pytest.mark.parametrize('pieces', ['none', 'all'])
 def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path, pieces):
-    """Of 36 steps the first six train them, the others the target encoder alone; the teacher follows it.
+    """Of 60 steps the first six train them, the others the target encoder alone; the teacher follows it.
 
     With anchor the others train the classifier too.
     """
     trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
     states = []
-    for step in (6, 35, 36):
-        command = trainer.command(data_dir, ckpt, '--steps', '36', '--pieces', pieces, '--resume', every=1)
+    for step in (6, 59, 60):
+        command = trainer.command(data_dir, ckpt, '--steps', '60', '--pieces', pieces, '--resume', every=1)
         command[2] = command[2].replace(
             'program.main()', 'save = program.save_checkpoint; program.save_checkpoint = lambda path, '
             f'state: (save(path, state), state["step"] == {step} and sys.exit(9)); program.main()')
         assert run(command).returncode == 9
         states.append(trainer.state(ckpt))
     source, before, after = states
-    assert [state['step'] for state in states] == [6, 35, 36]
+    assert [state['step'] for state in states] == [6, 59, 60]
     for name, value in after['net'].items():
         if name.startswith('classifier'):
             assert torch.equal(value, source['average'][name]) == (pieces == 'none')
         elif name.endswith('weight'):
             assert not torch.equal(value, source['average'][name]), name
     assert same(before['source_net'], source['average']) and same(after['source_net'], source['average'])
-    decay = min(p4_adda.AVERAGE_DECAY, 36 / 56)
+    decay = min(p4_adda.AVERAGE_DECAY, 60 / 80)
     for name, value in after['average'].items():
         if name.endswith(('weight', 'bias')):
             assert torch.allclose(value, decay * before['average'][name] + (1 - decay) * after['net'][name],
@@ -530,7 +530,7 @@ def test_flags_that_leave_no_run_of_the_table(data_dir, copy_of_project, name):
 def test_pieces_of_adda(data_dir, tmp_path, pieces):
     """Every switch trains source and target; the log has what it brings and nothing else."""
     trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
-    result = trainer.train(data_dir, ckpt, '--steps', '16', '--pieces', pieces)
+    result = trainer.train(data_dir, ckpt, '--steps', '20', '--pieces', pieces)
     assert result.returncode == 0, result.stderr
     chosen = {'none': [], 'all': p4_adda.PIECES}.get(pieces, pieces.split(','))
     assert load_checkpoint(str(ckpt), 'p4_adda')['settings']['pieces'] == ','.join(chosen)
@@ -541,7 +541,7 @@ def test_pieces_of_adda(data_dir, tmp_path, pieces):
         if record['step'] <= 2:
             wanted |= {'label_loss'}
         else:
-            if record['step'] <= 13 or 'self_training' not in chosen:
+            if record['step'] <= 16 or 'self_training' not in chosen:
                 wanted |= adversarial
             wanted |= {'confident_loss', 'confident_share'} if 'teacher' in chosen else set()
         assert set(record) == wanted, record['step']
