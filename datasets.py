@@ -419,10 +419,11 @@ def embed(features):
 
 def draw_points(axes, points, labels, names, markers=None):
     """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1."""
+    size, alpha = (14, 0.75) if markers is None else (32, 1)      # a written marker has thin strokes
     markers = markers or MARKERS
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=14, c=COLOURS[label], marker=markers[label],
-                     alpha=0.75, linewidths=0, label=f'{name} ({len(chosen)})')
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=markers[label],
+                     alpha=alpha, linewidths=0, label=f'{name} ({len(chosen)})')
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
     axes.legend(markerscale=1.8, loc='upper left', bbox_to_anchor=(1, 1))      # beside the points

@@ -471,7 +471,7 @@ def plot_learning_curves(path, curves):
     axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
                 yscale='log')
     axes[1].set(title='Entropy of predictions for augmented target images', ylabel='entropy (nats)')
-    axes[2].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
+    axes[2].set(title='Accuracy of the domain discriminator', ylabel='share of images told apart')
     axes[2].axhline(0.5, color=COLOURS[6], linewidth=0.8)
     axes[3].set(title='Held-out source images, target statistics', ylabel='accuracy (%)')
     for one in axes:
@@ -493,10 +493,10 @@ def plot_confusion(path, found):
         axes.invert_yaxis()
         axes.set_aspect('equal')
         for row, column in itertools.product(range(10), range(10)):
-            if shares[row, column] >= 0.5:
+            if shares[row, column] > 0.5:
                 axes.text(column, row, f'{shares[row, column]:.0f}', ha='center', va='center',
                           fontsize=7, color='white' if shares[row, column] > 50 else 'black')
-        axes.set(title=f'{title}: {100 * np.trace(counts) / counts.sum():.1f} %',
+        axes.set(title=f'{title}: {100 * (np.trace(counts) / counts.sum()):.1f} %',
                  xlabel='predicted', ylabel='digit (% of its test images)', xticks=range(10),
                  yticks=range(10))
     save_figure(path, figure)

@@ -1,22 +1,25 @@
 """Problem 4: ADDA, improved piece by piece, that reads digits in a domain without labels.
 
 Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder,
-and train the copy on target images until a discriminator cannot tell its features from those of the
+and train the copy on target images to fool a discriminator, which tells its features from those of the
 source encoder; the classifier stays as it is.  Differences from the paper, in plain ADDA too: source
 batches hold the ten classes in equal numbers, and what is kept is an average of the weights over the
-steps (EMA) with the batch statistics of unlabelled target training images.  --pieces names what is
+steps (EMA) with the batch statistics of unlabelled target training images.  Where the discriminator
+alone teaches the encoder, it learns at a fiftieth of the discriminator's rate.  --pieces names what is
 added:
 
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
     patches          those backgrounds are pieces of unlabelled target images (needs augment)
-    anchor           source labels go on training the target encoder; every loss trains the classifier too
+    anchor           source labels go on training the target encoder, at its full learning rate; every
+                     loss trains the classifier too
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
     diversity        those labels favour digits that the teacher has named too seldom of late, so that
                      none dies out (after Wang et al. 2022, DebiasPL; needs teacher)
     self_training    the last fifth of the steps has no other loss than teacher's (needs teacher)
+    no_discriminator for a control: nothing is adversarial (needs anchor or teacher)
 
     bash hw3_p4.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p4_adda.py --train --target usps --pieces all --seed 0         train one cell of the table
@@ -24,7 +27,7 @@ added:
     python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed and its last average is kept; shipped is seed 0 with all pieces.
-No target label is read; the test images are measured once, at the end of --train.  Settings were set
+No target label is used; the test images are measured once, at the end of --train.  Settings were set
 as in problem 3; Limits in README.md says what was known of the test then, and which mistake of earlier
 settings, seen in a confusion matrix of test images, led to this form of diversity.
 """
@@ -62,6 +65,7 @@ DISCRIMINATOR_HIDDEN = p3_dann.DISCRIMINATOR_HIDDEN
 # training
 PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
           'self_training')
+CONTROL = 'no_discriminator'
 DEFAULTS = dict(
     steps=10000,             # of one batch of each domain; the first tenth trains on the source alone
     batch_size=32,           # images of a domain
@@ -69,10 +73,10 @@ DEFAULTS = dict(
     target='mnistm',
     source='usps',           # of another target: the assignment's partner
     pieces=','.join(PIECES))
-LEARNING_RATE = 1e-3         # of Adam, at its peak, for encoder, classifier and discriminator
+LEARNING_RATE = 1e-3         # of Adam, at its peak; see ADVERSARIAL
 LEARNING_RATE_WARM_UP = 100  # steps
-ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the pieces' losses; where it
-                             # is the only loss, Adam takes the same steps whatever its weight
+ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the encoder's other losses; if there
+                             # are none, Adam undoes a weight, so the encoder's learning rate is multiplied by it
 CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
 DIVERSITY = 0.1              # share of a digit, the even one, below which the teacher's labels favour it; the
                              # frequent ones are not pushed down, for a domain's digits may be uneven
@@ -83,9 +87,11 @@ LOG_EVERY = 50               # steps
 SAVE_EVERY = 500             # steps
 
 # the table: three scenarios, rows of (label, pieces, seeds): three seeds of plain and improved ADDA, one
-# of what lies between them
+# of what lies between them; and as controls two of these without the discriminator
 ROWS = tuple(('+ ' + PIECES[count - 1].replace('_', ' ') if count else 'plain ADDA', ','.join(PIECES[:count]),
               p3_dann.SEEDS if count in (0, len(PIECES)) else (0,)) for count in range(len(PIECES) + 1))
+CONTROLS = (('+ anchor, no discriminator', ','.join(PIECES[:PIECES.index('anchor') + 1] + (CONTROL,)), (0,)),
+            ('improved, no discriminator', ','.join(PIECES + (CONTROL,)), p3_dann.SEEDS))
 RUNS = os.path.join(HERE, 'checkpoints', 'p4_runs')
 RESULTS = os.path.join(HERE, 'checkpoints', 'p4_results.jsonl')
 
@@ -157,7 +163,8 @@ def learning_rate_at(step, steps):
 def train(args):
     """Train one run or, without --target, every run of the table that the other flags leave."""
     cells = [{}] if args.target else [
-        cell for _, pieces, seeds in ROWS for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
+        cell for _, pieces, seeds in ROWS + CONTROLS
+        for target, seed in itertools.product(sorted(SOURCE_OF), seeds)
         for cell in [dict(pieces=pieces, target=target, seed=seed)]
         if all(getattr(args, name) in (None, value) for name, value in cell.items())]
     if not cells:
@@ -198,6 +205,7 @@ def train_run(args, ckpt, given, defaults):
     settings, state = resume_run(base + '_last.pth', STATE, args.resume, given=given, defaults=defaults)
     steps, batch_size, pieces = settings['steps'], settings['batch_size'], settings['pieces'].split(',')
     first, last = steps // 10, steps - steps // 5     # ends of the source's part and of the adversarial one
+    verdict_alone = 'anchor' not in pieces and 'teacher' not in pieces
     torch.manual_seed(settings['seed'])                                    # the first weights, dropout
     rng = torch.Generator().manual_seed(settings['seed'])                  # batches, augmentation
     # data
@@ -268,15 +276,17 @@ def train_run(args, ckpt, given, defaults):
             if step == first + 1:          # the target encoder starts as a copy of the source encoder
                 source_net.load_state_dict(average.state_dict())
                 net.load_state_dict(average.state_dict())
-            adversarial = step <= last or 'self_training' not in pieces
+            all_losses = step <= last or 'self_training' not in pieces
             learning_rate = learning_rate_at(step - first, steps - first)
-            for optimizer in (target_optimizer, discriminator_optimizer):
-                set_learning_rate(optimizer, learning_rate)
+            set_learning_rate(discriminator_optimizer, learning_rate)
+            if verdict_alone:
+                learning_rate *= ADVERSARIAL
+            set_learning_rate(target_optimizer, learning_rate)
             with autocast(device, precision):
                 features = net.encoder(view(target_x, unlabelled, adapting, pieces, rng, device))
                 logits = net.classifier(features)
             loss = 0 * logits.sum()
-            if adversarial:
+            if all_losses and CONTROL not in pieces:
                 # update: discriminator, on features of the source encoder and of the target encoder
                 with torch.no_grad(), autocast(device, precision):
                     source_features = source_net.encoder(x)
@@ -296,11 +306,11 @@ def train_run(args, ckpt, given, defaults):
                 scalars.update(domain_loss=domain.detach(), fooling_loss=fooled.detach(),
                                domain_accuracy=0.5 * ((of_source > 0).float().mean()
                                                       + (of_target < 0).float().mean()))
-                if 'anchor' in pieces:
-                    with autocast(device, precision):
-                        anchored = F.cross_entropy(net(x).float(), labels)
-                    loss = loss + anchored
-                    scalars['label_loss'] = anchored.detach()
+            if all_losses and 'anchor' in pieces:
+                with autocast(device, precision):
+                    anchored = F.cross_entropy(net(x).float(), labels)
+                loss = loss + anchored
+                scalars['label_loss'] = anchored.detach()
             if 'teacher' in pieces:
                 with torch.no_grad(), autocast(device, precision):
                     average.encoder.train()                # batch statistics, of images as they are
@@ -424,16 +434,18 @@ def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
     results, bounds = read_table(), p3_dann.read_table()
-    ours = [(label, [record for record in results if record['pieces'] == pieces])
-            for label, pieces, _ in ROWS]
+    ours = {pieces: [record for record in results if record['pieces'] == pieces]
+            for _, pieces, _ in ROWS + CONTROLS}
+    improved = ours[DEFAULTS['pieces']]
     lower, dann, upper = [[record for record in bounds if (record['setting'], record['augment'])
                            == (setting, p3_dann.DEFAULTS['augment'])]
                           for setting in ('source', p3_dann.DEFAULTS['setting'], 'target')]
     p3_dann.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
         ('lower bound: source only', lower), ('DANN + entropy', dann),
-        ('plain ADDA, before adaptation', before_adaptation(ours[0][1])), ('plain ADDA', ours[0][1]),
-        ('improved ADDA, before adaptation', before_adaptation(ours[-1][1])), ('improved ADDA', ours[-1][1]),
-        ('improved ADDA, shipped: seed 0', p3_dann.of_seed_0(ours[-1][1])),
+        ('plain ADDA, before adaptation', before_adaptation(ours[''])), ('plain ADDA', ours['']),
+        ('improved ADDA, before adaptation', before_adaptation(improved)), ('improved ADDA', improved),
+        ('improved ADDA, shipped: seed 0', p3_dann.of_seed_0(improved)),
+        ('improved ADDA, no discriminator', ours[CONTROLS[-1][1]]),
         ('upper bound: target only', upper)])
     curves, found, plain = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):
@@ -451,7 +463,8 @@ def plot(args):
         f'(net): {net}',
         f'(discriminator): {DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}'])
     plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
-    plot_ablation(os.path.join(args.out, 'fig4_5.png'), ours, lower, upper)
+    plot_ablation(os.path.join(args.out, 'fig4_5.png'), [
+        (label, ours[pieces]) for label, pieces, _ in ROWS + CONTROLS], lower, upper)
     p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6.png'), found)
     p3_dann.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain)
     p3_dann.plot_mistakes(os.path.join(args.out, 'fig4_7.png'), found)
@@ -460,7 +473,7 @@ def plot(args):
 
 def read_table():
     """Return the records of the results log that belong to the table: its steps, batches and seeds."""
-    seeds_of = {pieces: seeds for _, pieces, seeds in ROWS}
+    seeds_of = {pieces: seeds for _, pieces, seeds in ROWS + CONTROLS}
     return [record for record in read_log(RESULTS) if record['seed'] in seeds_of.get(record['pieces'], ())
             and all(record[name] == DEFAULTS[name] for name in ('steps', 'batch_size'))]
 
@@ -480,20 +493,23 @@ def plot_learning_curves(path, curves):
         points = [(record['step'], 100 * record['confident_share']) for record in log
                   if record['kind'] == 'held_out']
         axes[2].plot(*zip(*points), 'o-', color=colour, label=title, markersize=3)
+        steps = log[-1]['step']
     axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
                 yscale='log')
-    axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of both domains')
+    axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of images told apart')
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
     axes[2].set(title=f'Held-out target images, probability >= {CONFIDENT}', ylabel='share (%)')
     for one in axes:
-        one.set_xlabel('training step')
+        for step in (steps // 10, steps - steps // 5):     # adaptation and self-training begin
+            one.axvline(step, color=COLOURS[6], linewidth=0.8, linestyle='--')
+        one.set(xlabel='training step', xlim=(0, steps))
         one.grid(True, alpha=0.25)
         one.legend(fontsize=8)
     save_figure(path, figure)
 
 
 def plot_ablation(path, ours, lower, upper):
-    """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time.
+    """fig4_5: test accuracy of seed 0 from plain ADDA on, one piece added at a time, and the controls.
 
     ours is a list of (label, records of the results log), lower and upper are the bounds' records.
     """
@@ -506,7 +522,7 @@ def plot_ablation(path, ours, lower, upper):
 
         for row, (_, records) in enumerate(ours):
             for value in values(records):
-                axes.barh(row, value, color=COLOURS[4])
+                axes.barh(row, value, color=COLOURS[4 if row < len(ROWS) else 8])
                 axes.text(111, row, f'{value:.1f}', ha='right', va='center', fontsize=9)
             if not values(records):
                 axes.text(2, row, 'not trained', va='center', fontsize=9)
@@ -547,19 +563,21 @@ def parse_args(argv=None):
     parser.add_argument('--source', choices=sorted(SOURCE_OF),
                         help='--train: domain with labels (the assignment\'s partner of the target)')
     parser.add_argument('--pieces', help='--train: what is added to plain ADDA, with commas between: all, '
-                        'none or some of ' + ', '.join(PIECES))
+                        'none or some of ' + ', '.join(PIECES + (CONTROL,)))
     args = parser.parse_args(argv)
     for name in ('steps', 'batch_size'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} must be at least 1')
     if args.pieces is not None:
         chosen = {'all': PIECES, 'none': ()}.get(args.pieces, args.pieces.split(','))
-        if not set(chosen) <= set(PIECES):
-            parser.error('--pieces must be all, none or some of ' + ','.join(PIECES))
+        if not set(chosen) <= set(PIECES + (CONTROL,)):
+            parser.error('--pieces must be all, none or some of ' + ','.join(PIECES + (CONTROL,)))
         for piece, base in (('patches', 'augment'), ('diversity', 'teacher'), ('self_training', 'teacher')):
             if piece in chosen and base not in chosen:
                 parser.error(f'--pieces {piece} does nothing without {base}: add it')
-        args.pieces = ','.join(piece for piece in PIECES if piece in chosen)
+        if CONTROL in chosen and not {'anchor', 'teacher'} & set(chosen):
+            parser.error(f'--pieces {CONTROL} leaves no loss: add anchor or teacher')
+        args.pieces = ','.join(piece for piece in PIECES + (CONTROL,) if piece in chosen)
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error('--seed must lie in 0 .. 4294967295')
     if args.target and args.source == args.target:

@@ -139,7 +139,8 @@ def digit_values():
     rows.update({f'adabn_{augment:g}': (adabn, dict(augment=augment)) for augment in (0, 1)})
     for name, records in (('', adda), ('_before', p4_adda.before_adaptation(adda))):
         rows.update({'plain' + name: (records, dict(pieces='')),
-                     'improved' + name: (records, dict(pieces=p4_adda.DEFAULTS['pieces']))})
+                     'improved' + name: (records, dict(pieces=p4_adda.DEFAULTS['pieces'])),
+                     'control' + name: (records, dict(pieces=p4_adda.CONTROLS[-1][1]))})
     means = {}
     for target in sorted(SOURCE_OF):
         for name, (records, wanted) in rows.items():
@@ -157,7 +158,7 @@ def digit_values():
         f'{value:.1f}' + ''.join(f' ({before:.1f})' for before in accuracies(
             p4_adda.before_adaptation(adda), target, pieces=pieces, seed=0))
         for target in sorted(SOURCE_OF) for value in accuracies(adda, target, pieces=pieces, seed=0)]
-        for label, pieces, _ in p4_adda.ROWS]
+        for label, pieces, _ in p4_adda.ROWS + p4_adda.CONTROLS]
     # of ones and sevens among the digits that runs on the stand-in saw in unlabelled images
     moments = range(5 * p4_adda.SAVE_EVERY, p4_adda.DEFAULTS['steps'] + 1, 5 * p4_adda.SAVE_EVERY)
     shares_seen = []

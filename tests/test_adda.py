@@ -75,13 +75,13 @@ def test_learning_rate_starts_and_ends_near_zero():
 
 
 def test_table_of_runs():
-    """Plain and improved ADDA with three seeds, what lies between with one; one run each is shipped."""
+    """Plain and improved ADDA and its control with three seeds, the rest with one; one run each is shipped."""
     assert [pieces for _, pieces, _ in p4_adda.ROWS][:2] == ['', 'normalise']
     assert p4_adda.ROWS[-1][1] == p4_adda.DEFAULTS['pieces']
     assert [len(seeds) for _, _, seeds in p4_adda.ROWS] == [3] + [1] * (len(p4_adda.PIECES) - 1) + [3]
     paths = {p4_adda.run_path(dict(p4_adda.DEFAULTS, pieces=pieces, seed=seed))
-             for _, pieces, seeds in p4_adda.ROWS for seed in seeds}
-    assert len(paths) == 6 + len(p4_adda.PIECES) - 1
+             for _, pieces, seeds in p4_adda.ROWS + p4_adda.CONTROLS for seed in seeds}
+    assert len(paths) == 6 + len(p4_adda.PIECES) - 1 + 4
     assert sum(path.endswith('checkpoints/p4_adda_mnistm.pth') for path in paths) == 1
 
 

@@ -236,7 +236,8 @@ WRONG = dict(
     p3_dann=[['--train', '--setting', 'both'], ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
     p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor'],
              ['--train', '--pieces', 'patches'], ['--train', '--pieces', 'diversity'],
-             ['--train', '--pieces', 'anchor,self_training']])
+             ['--train', '--pieces', 'anchor,self_training'],
+             ['--train', '--pieces', 'augment,no_discriminator']])
 
 
 @pytest.mark.parametrize('arguments', [

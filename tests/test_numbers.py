@@ -235,6 +235,8 @@ def digit_results():
         rows.append((f'**{label}**' if shipped else label, problem, wanted))
         if shipped:
             rows.append((f'{label}, shipped: seed 0, which `bash hw3_{problem}.sh` gives', problem, dict(wanted, seed=0)))
+        if problem == 'p4' and shipped:
+            rows.append((f'{label}, no discriminator', problem, dict(pieces=p4_adda.CONTROLS[-1][1])))
     rows.append(upper)
     logs = dict(p3=p3_dann.read_table(), p4=p4_adda.read_table())
     logs['before'] = p4_adda.before_adaptation(logs['p4'])
@@ -295,12 +297,12 @@ def digit_results():
         f'{text} (reached: {" / ".join(words[None if yes is None else bool(yes)] for yes in found)})'
         for text, found in goals) + '.']
     ablation = [[f'{value:.1f}' for target in targets for value in accuracies(
-        logs['p4'], target, pieces=pieces, seed=0)] for _, pieces, _ in p4_adda.ROWS]
+        logs['p4'], target, pieces=pieces, seed=0)] for _, pieces, _ in p4_adda.ROWS + p4_adda.CONTROLS]
     if all(len(cells) == len(targets) for cells in ablation):
-        lines += ['', 'From plain to improved ADDA, one piece added at a time, seed 0 (what a piece does is in `p4_adda.py '
-                  '--help`):', '', lines[3], lines[4]]
+        lines += ['', 'From plain to improved ADDA, one piece added at a time, then two controls, seed 0 (what a piece does is '
+                  'in `p4_adda.py --help`):', '', lines[3], lines[4]]
         lines += [f'| {label} | ' + ' | '.join(cells) + ' |'
-                  for (label, _, _), cells in zip(p4_adda.ROWS, ablation)]
+                  for (label, _, _), cells in zip(p4_adda.ROWS + p4_adda.CONTROLS, ablation)]
     return lines
 
 

@@ -1,5 +1,6 @@
 """python3 pN_*.py --train: two steps, a stop at any moment, and the run that goes on."""
 import glob
+import itertools
 import json
 import os
 import shlex
@@ -490,20 +491,20 @@ def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path, p
 
 
 def test_every_piece_changes_the_net(data_dir, tmp_path):
-    """The rows of the ablation, ten steps each: no two end with the same weights.
+    """The rows of the ablation and the controls, ten steps each: no two end with the same weights.
 
     In ten steps the teacher would be sure of no image, so here every image is enough for it; and no digit
     would become rare, so here the last batch alone counts.
     """
     trainer, found = Trainer('p4_adda'), []
-    for index, (_, pieces, _) in enumerate(p4_adda.ROWS):
+    for index, (_, pieces, _) in enumerate(p4_adda.ROWS + p4_adda.CONTROLS):
         ckpt = tmp_path / f'{index}.pth'
         command = trainer.command(data_dir, ckpt, '--steps', '10', '--pieces', pieces or 'none')
         command[2] = command[2].replace('program.main()', 'program.CONFIDENT = program.SHARES_DECAY = 0.0; program.main()')
         result = run(command)
         assert result.returncode == 0, result.stderr
         found.append(trainer.weights(ckpt))
-    assert not any(same(one, other) for one, other in zip(found, found[1:]))
+    assert not any(same(one, other) for one, other in itertools.combinations(found, 2))
 
 
 @pytest.mark.parametrize('name', DIGITS)
@@ -526,17 +527,24 @@ def test_flags_that_leave_no_run_of_the_table(data_dir, copy_of_project, name):
 
 @pytest.mark.parametrize('pieces', ['none', 'all', 'normalise', 'augment', 'augment,patches', 'anchor',
                                     'conditional', 'teacher', 'teacher,diversity',
-                                    'teacher,self_training'])
-def test_pieces_of_adda(data_dir, tmp_path, pieces):
+                                    'teacher,self_training', 'anchor,no_discriminator',
+                                    'teacher,self_training,no_discriminator'])
+def test_pieces_of_adda(data_dir, tmp_path, monkeypatch, pieces):
     """Every switch trains source and target; the log has what it brings and nothing else."""
     trainer, ckpt = Trainer('p4_adda'), tmp_path / 'run.pth'
     result = trainer.train(data_dir, ckpt, '--steps', '20', '--pieces', pieces)
     assert result.returncode == 0, result.stderr
     chosen = {'none': [], 'all': p4_adda.PIECES}.get(pieces, pieces.split(','))
     assert load_checkpoint(str(ckpt), 'p4_adda')['settings']['pieces'] == ','.join(chosen)
-    adversarial = {'domain_loss', 'domain_accuracy', 'fooling_loss'} | (
-        {'label_loss'} if 'anchor' in chosen else set())
+    adversarial = set() if 'no_discriminator' in chosen else {'domain_loss', 'domain_accuracy', 'fooling_loss'}
+    adversarial |= {'label_loss'} if 'anchor' in chosen else set()
+    monkeypatch.setattr(p4_adda, 'LEARNING_RATE_WARM_UP', 2)          # as in SMALL
     for record in records(ckpt, 'train'):
+        step, steps = (record['step'], 2) if record['step'] <= 2 else (record['step'] - 2, 18)
+        rate = p4_adda.learning_rate_at(step, steps)
+        if record['step'] > 2 and not {'anchor', 'teacher'} & set(chosen):
+            rate *= p4_adda.ADVERSARIAL          # of an encoder that the discriminator alone teaches
+        assert record['learning_rate'] == pytest.approx(rate)
         wanted = {'kind', 'step', 'learning_rate'}
         if record['step'] <= 2:
             wanted |= {'label_loss'}
