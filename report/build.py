@@ -148,7 +148,7 @@ def digit_values():
             means[f'{target}_{name}'] = f'{np.mean(values):.1f}' if values else 'not measured'
     told_apart = {}                        # by the discriminator, in the last record that has it
     for name, module, flags in (('dann', p3_dann, dict(setting='dann')), ('dann_entropy', p3_dann, {}),
-                                ('adda', p4_adda, {})):
+                                ('adda', p4_adda, {}), ('plain', p4_adda, dict(pieces=''))):
         for target, source in sorted(SOURCE_OF.items()):
             path = module.run_path(dict(module.DEFAULTS, target=target, source=source, **flags))
             shares = [record['domain_accuracy'] for record in read(os.path.splitext(path)[0] + '.jsonl')
@@ -162,14 +162,15 @@ def digit_values():
     # of ones and sevens among the digits that runs on the stand-in saw in unlabelled images
     moments = range(5 * p4_adda.SAVE_EVERY, p4_adda.DEFAULTS['steps'] + 1, 5 * p4_adda.SAVE_EVERY)
     shares_seen = []
+    names = {'+ teacher': 'without diversity and self-training', p4_adda.ROWS[-1][0]: 'improved',
+             p4_adda.CONTROLS[-1][0]: 'improved, no discriminator'}
     for label, pieces, seed in [
-            (label, pieces, seed) for label, pieces, seeds in p4_adda.ROWS for seed in seeds
-            if label == '+ teacher' or pieces == p4_adda.DEFAULTS['pieces']]:
+            (names[label], pieces, seed) for label, pieces, seeds in p4_adda.ROWS + p4_adda.CONTROLS
+            if label in names for seed in seeds]:
         path = p4_adda.run_path(dict(p4_adda.DEFAULTS, target='svhn', source=SOURCE_OF['svhn'],
                                      pieces=pieces, seed=seed))
         seen = {record['step']: record['predicted_shares'] for record in read(os.path.splitext(path)[0] + '.jsonl')
                 if record['kind'] == 'held_out'}
-        label = 'improved' if pieces == p4_adda.DEFAULTS['pieces'] else 'without diversity and self-training'
         shares_seen.append([f'{label}, seed {seed}'] + [
             f'{100 * seen[step][1]:.0f} / {100 * seen[step][7]:.0f}' for step in moments])
     return dict(
