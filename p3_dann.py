@@ -496,7 +496,7 @@ def plot_confusion(path, found):
             if shares[row, column] > 0.5:
                 axes.text(column, row, f'{shares[row, column]:.0f}', ha='center', va='center',
                           fontsize=7, color='white' if shares[row, column] > 50 else 'black')
-        axes.set(title=f'{title}: {100 * (np.trace(counts) / counts.sum()):.1f} %',
+        axes.set(title=f'{title}: {100 * np.trace(counts) / counts.sum():.2f} %',
                  xlabel='predicted', ylabel='digit (% of its test images)', xticks=range(10),
                  yticks=range(10))
     save_figure(path, figure)
