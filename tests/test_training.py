@@ -154,16 +154,27 @@ def test_training_of_the_vae_lowers_its_loss(data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
     assert Trainer('p1_vae').train(data_dir, ckpt, '--steps', '120', every=60).returncode == 0
     losses = [record['reconstruction'] for record in records(ckpt, 'train')]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+@pytest.mark.parametrize('learner', ['generator', 'discriminator'])
 @pytest.mark.parametrize('method', sorted(p2_gan.METHODS))
-def test_discriminator_learns_to_tell_real_from_drawn(data_dir, tmp_path, method):
-    ckpt = tmp_path / 'run.pth'
-    result = Trainer('p2_gan').train(data_dir, ckpt, '--steps', '100', '--method', method, every=100)
+def test_each_net_of_the_gan_learns_against_one_that_stays(data_dir, tmp_path, method, learner):
+    """Against one that learns too, who leads at the end is left to the rounding of the processor."""
+    trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
+    rates = dict(generator=(5e-3, 0.0), discriminator=(0.0, p2_gan.METHODS[method]['learning_rates'][1]))
+    command = trainer.command(data_dir, ckpt, '--steps', '200', '--method', method, every=200)
+    command[2] = command[2].replace('program.main()', f'program.METHODS["{method}"]["learning_rates"] = '
+                                                      f'{rates[learner]}; program.main()')
+    result = run(command, OMP_NUM_THREADS='1')
     assert result.returncode == 0, result.stderr
-    gaps = [record['real'] - record['fake'] for record in records(ckpt, 'train')]
-    assert sum(gaps[-20:]) > 2 * abs(sum(gaps[:20]))
+    logged = records(ckpt, 'train')
+    first, last = [{name: sum(record[name] for record in part) / 20 for name in ('real', 'fake')}
+                   for part in (logged[:20], logged[-20:])]
+    if learner == 'discriminator':
+        assert last['real'] - last['fake'] > 2 * abs(first['real'] - first['fake'])
+    else:                                  # with rates of 0 it moves by a hundredth
+        assert last['fake'] > first['fake'] + 0.1
 
 
 def test_same_seed_same_weights_another_seed_others(trainer, data_dir, tmp_path, unbroken):
