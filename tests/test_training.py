@@ -152,9 +152,9 @@ def test_rule_of_choice(trainer, unbroken):
 
 def test_training_of_the_vae_lowers_its_loss(data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
-    assert Trainer('p1_vae').train(data_dir, ckpt, '--steps', '120', every=60).returncode == 0
+    assert Trainer('p1_vae').train(data_dir, ckpt, '--steps', '200', every=100).returncode == 0
     losses = [record['reconstruction'] for record in records(ckpt, 'train')]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 @pytest.mark.parametrize('learner', ['generator', 'discriminator'])
