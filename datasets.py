@@ -1,23 +1,28 @@
-"""Every file that is not weights: the assignment's images and labels in, pictures out.
+"""Every file that is not weights: the assignment's images and labels in, pictures and tables out.
 
 Images are kept as uint8 in memory and become floats batch by batch; whatever can be wrong with a
-user's file or path ends in one UserError that names the cause and the fix.
+user's file or path ends in one UserError that names the cause and the fix.  The last section is what
+the command lines of all scripts share.
 """
+import argparse
+import csv
+import functools
 import os
+import shlex
 import shutil
+import stat
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 FACE_SIZE = 64             # pixels, height and width of a face
 DIGIT_SIZE = 28            # pixels, height and width of a digit
 SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}     # the assignment's scenarios
-# as figures and tables print them: the svhn folder of the kit is a drawn stand-in for that data set
-DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN stand-in', 'usps': 'USPS'}
+DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN', 'usps': 'USPS'}     # as figures and tables print them
 HELD_OUT = 500             # training images of a set that are kept apart, never trained on
 HELD_OUT_SEED = 2020       # fixes which ones, whatever --seed is
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp')
@@ -28,15 +33,9 @@ class UserError(Exception):
     """A mistake of the user's, or of the machine's: one line that names the cause and the fix."""
 
 
-def run_command(function, args):
-    """Call function(args); say a UserError or an OSError in one line on stderr and exit 1."""
-    try:
-        function(args)
-    except (UserError, OSError) as error:
-        message = ' '.join(str(error).split())
-        sys.exit(f'{os.path.basename(sys.argv[0])}: {message}')
-    except KeyboardInterrupt:
-        sys.exit(f'{os.path.basename(sys.argv[0])}: stopped by the keyboard')
+def warn(message):
+    """Say in one line on stderr what may be wrong and does not stop the program."""
+    print(f'{os.path.basename(sys.argv[0])}: warning: {message}', file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -44,79 +43,175 @@ def run_command(function, args):
 def list_images(folder):
     """Return the sorted names of the image files in folder (.png, .jpg, .jpeg, .bmp, any case).
 
-    Raises UserError if the folder does not exist, is no folder or holds no image.
+    Raises UserError if the folder does not exist, is no folder or holds no image, and for a pipe or a
+    device with an image's name.  A broken link is listed, so that reading it fails.
     """
     if not os.path.isdir(folder):
         raise UserError(f'there is no folder {folder}: name the right place, for training data with '
                         '--data_dir and laid out as README.md shows')
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)
                    and not name.startswith('.') and not os.path.isdir(os.path.join(folder, name)))
+    for name in names:
+        if is_pipe_or_device(os.path.join(folder, name)):
+            raise UserError(f'{os.path.join(folder, name)} is a pipe or a device, no image file: remove it')
     if not names:
         raise UserError(f'{folder} holds no image ({", ".join(IMAGE_ENDINGS)})')
     return names
 
 
-def read_image(path, size):
-    """Read one image of any mode as (size, size, 3) uint8; another size is resized bicubically.
+def is_pipe_or_device(path):
+    """Return whether something is at path that is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
-    size None keeps the image's own.  Transparent pixels are laid over black.  Raises UserError with the
-    name if it cannot be decoded.
+
+def read_image(path, size):
+    """Read one image of any mode as (size, size, 3) uint8, as a viewer shows it.
+
+    It is turned as its EXIF data says.  Transparent parts are laid over black, or over white where the ink is
+    dark.  16-bit and float images are scaled by the range that their values use.  An image of another
+    size is resized bicubically; size None keeps its own.  Raises UserError with the name if it cannot be
+    decoded.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith('I'):                     # 16-bit grey: keep the upper 8 bits
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+            image.load()
+            image = turned(image)
+            if image.mode.startswith(('I', 'F')):
+                image = Image.fromarray(to_8_bit(np.asarray(image)))
+            if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
                 image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), image)
+                grey, opaque = np.asarray(image.convert('L'), float), np.asarray(image.split()[-1], float)
+                # white is for an ink whose mean is nearer to black
+                paper = 255 if opaque.any() and np.average(grey, weights=opaque) < 128 else 0
+                image = Image.alpha_composite(Image.new('RGBA', image.size, (paper, paper, paper, 255)), image)
             image = image.convert('RGB')
             if size is not None and image.size != (size, size):
                 image = image.resize((size, size), Image.BICUBIC)
             return np.asarray(image)
     except Exception as error:             # a damaged file makes Pillow's decoders raise nearly anything
         reason = str(error) or type(error).__name__
-        raise UserError(f'{path} cannot be read as an image ({reason}): replace the file')
+        raise UserError(f'{path} cannot be read as an image ({reason}): replace the file') from error
+
+
+def turned(image):
+    """Turn a Pillow image as its EXIF data says; one whose EXIF data is damaged stays as it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+    except Exception:                      # as for a damaged image: nearly anything
+        return image
+
+
+def to_8_bit(values):
+    """Scale the values of a 16-bit, 32-bit or float image to (H, W) uint8.
+
+    Black is 0, or -1 where there are negative values.  White is the largest value of the smallest usual range
+    (1, 8, 10, 12 or 16 bits) that holds them all.  What fits none of these is stretched from its lowest to
+    its highest value.  Raises ValueError if a value is not finite.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError('it has values that are not finite')
+    ranges = [(0, 2 ** bits - 1) for bits in (1, 8, 10, 12, 16)] if low >= 0 else [(-1, 1)]
+    black, white = next((one for one in ranges if one[0] <= low and high <= one[1]), (low, max(high, low + 1)))
+    return np.round(255 * (values.astype(np.float64) - black) / (white - black)).astype(np.uint8)
 
 
 def read_images(folder, names, size):
-    """Read the named images of a folder, two at a time, as one (N, 3, size, size) uint8 tensor."""
+    """Read the named images of a folder as one (N, 3, size, size) uint8 tensor."""
     images = np.empty((len(names), size, size, 3), np.uint8)
-
-    def read_into(index):
-        images[index] = read_image(os.path.join(folder, names[index]), size)
-
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(read_into, range(len(names))):
-            pass
+    for index, name in enumerate(names):
+        images[index] = read_image(os.path.join(folder, name), size)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def read_csv(path, names):
-    """Read a label file (header image_name,...) as a DataFrame with one row per name, in their order.
+    """Read a label file (header image_name,...) as a DataFrame of texts, a row for each name, in their order.
 
-    Raises UserError if the file is missing, empty or malformed, if a row has no image in names, or
-    an image has no row or two.
+    The values may be separated by commas, semicolons or tabs.  Spaces around them, the case of image_name
+    and label, empty values at the ends of rows, a byte order mark, lines that are empty or begin with # or
+    sep=, a folder before a name and a missing ending of it make no difference.  Raises UserError if the file
+    is missing, empty or malformed, if a row has no image in names, or an image has no row or two.
     """
     import pandas as pd
-    if not os.path.isfile(path):
-        raise UserError(f'there is no {path}: it comes with the data, beside the folder of images')
-    try:
-        table = pd.read_csv(path, dtype={'image_name': str})
-    except (ValueError, pd.errors.ParserError) as error:
-        raise UserError(f'{path} is no label file ({error}): replace it')
-    if 'image_name' not in table.columns or len(table) == 0:
-        raise UserError(f'{path} has no rows under a header image_name,...: replace it')
-    if table['image_name'].isnull().any():
+    rows = read_rows(path)
+    header = [cell.lower() if cell.lower() in ('image_name', 'label') else cell for cell in rows[0][1]]
+    if 'image_name' not in header:
+        raise UserError(f'{path} begins with {",".join(rows[0][1])[:60]!r}: a header image_name,... is expected '
+                        'as its first row')
+    if len(rows) == 1:
+        raise UserError(f'{path} has no rows under its header: replace it')
+    for line, cells in rows[1:]:
+        if len(cells) != len(header):
+            raise UserError(f'{path} has {len(cells)} values in line {line} and {len(header)} columns in its header: '
+                            'mend that line')
+    table = pd.DataFrame([cells for _, cells in rows[1:]], columns=header, dtype=str)
+    if (table['image_name'] == '').any():
         raise UserError(f'{path} has a row without an image_name: delete or complete it')
-    rows, images = set(table['image_name']), set(names)
-    if len(rows) != len(table):
+    table['image_name'] = match_names(table['image_name'], names)
+    found, images = set(table['image_name']), set(names)
+    if len(found) != len(table):
         twice = table['image_name'][table['image_name'].duplicated()].iloc[0]
         raise UserError(f'{path} names {twice} twice: delete one of the rows')
-    for missing, fix in ((rows - images, 'names {} but its folder does not hold it: add the image'),
-                         (images - rows, 'has no row for {}: add the row')):
+    for missing, fix in ((found - images, 'names {} but its folder does not hold it: add the image'),
+                         (images - found, 'has no row for {}: add the row')):
         if missing:
             raise UserError(f'{path} {fix.format(min(missing))} ({len(missing)} such)')
     return table.set_index('image_name').loc[names]
+
+
+def read_rows(path):
+    """Return (line number, stripped cells) of every row of a label file, its header first."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no {path}: it comes with the data, beside the folder of images')
+    with open(path, 'rb') as file:
+        content = file.read()
+    code = 'utf-16' if content[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    try:
+        # surrogateescape: names whose bytes are no UTF-8 are compared as they stand
+        text = content.decode(code, 'surrogateescape')
+    except UnicodeDecodeError:
+        text = '\0'
+    if '\0' in text:
+        raise UserError(f'{path} is no text file (a spreadsheet?): save it as CSV')
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1)
+             if line.strip() and not line.lstrip().startswith('#') and not line.lower().startswith('sep=')]
+    if not lines:
+        raise UserError(f'{path} is empty: replace it')
+    # that of the header: a name may hold the others
+    separator = max(',;\t', key=lines[0][1].count)
+    rows = []
+    for number, line in lines:
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator))]
+        except csv.Error as error:
+            raise UserError(f'{path} cannot be read in line {number} ({error}): mend that line') from error
+        while len(cells) > len(rows[0][1] if rows else ()) and cells[-1] == '':
+            cells.pop()                    # a separator at the end of the row
+        rows.append((number, cells))
+    return rows
+
+
+def match_names(written, names):
+    """Return each written name as the file in names that it means, or else without its folder."""
+    # a Python 3.6 without a locale lists other letters than ASCII as surrogates
+    written = [os.fsdecode(name.encode('utf8', 'surrogateescape')) for name in written]
+    images, stems = set(names), {}
+    for name in names:
+        stems.setdefault(os.path.splitext(name)[0], []).append(name)
+    matched = []
+    for name in written:
+        if name not in images:
+            name = name.replace('\\', '/').split('/')[-1].strip()
+            if name not in images and len(stems.get(name, ())) == 1:
+                name = stems[name][0]
+        matched.append(name)
+    return matched
 
 
 class FaceImages(object):
@@ -125,7 +220,7 @@ class FaceImages(object):
     Attributes:
         names       list of N file names, sorted
         images      (N, 3, 64, 64) uint8 tensor
-        attributes  DataFrame (N, 13) of 0.0 and 1.0, one named column for each attribute
+        attributes  DataFrame (N, 13) of texts, 0.0 and 1.0, one named column for each attribute
 
     Raises UserError for whatever is wrong with the folder, its CSV or one of its images.
     """
@@ -139,15 +234,11 @@ class FaceImages(object):
 
     def attribute(self, name):
         """Return (N,) bool: which faces have the attribute.  Raises UserError if it is unknown."""
-        if name not in self.attributes.columns:
+        columns = {column.lower(): column for column in self.attributes.columns}
+        if name.lower() not in columns:
             raise UserError(f'{self.csv} has no attribute {name}: choose one of '
                             + ', '.join(self.attributes.columns))
-        import pandas as pd
-        values = pd.to_numeric(self.attributes[name], errors='coerce')
-        if values.isnull().any():
-            raise UserError(f'{self.csv} has no number for {name} of {values.index[values.isnull()][0]}: '
-                            'write 0.0 or 1.0')
-        return values.values > 0.5
+        return read_numbers(self.attributes[columns[name.lower()]], self.csv, 'write 0.0 or 1.0') > 0.5
 
 
 class DigitImages(object):
@@ -166,33 +257,30 @@ class DigitImages(object):
         self.names = list_images(folder)
         table = read_csv(folder + '.csv', self.names)
         if 'label' not in table.columns:
-            raise UserError(f'{folder}.csv has no column label: replace it')
-        import pandas as pd
-        labels = pd.to_numeric(table['label'], errors='coerce')
-        wrong = ~labels.isin(range(10))
+            raise UserError(f'{folder}.csv has no column label, only image_name and '
+                            f'{", ".join(table.columns) or "nothing else"}: replace it')
+        labels = read_numbers(table['label'], folder + '.csv', 'write a digit 0 .. 9')
+        wrong = ~np.isin(labels, range(10))
         if wrong.any():
-            raise UserError(f'{folder}.csv has no digit 0 .. 9 for {labels.index[wrong][0]}: mend the row')
-        self.labels = torch.from_numpy(labels.values.astype(np.int64))
+            row = wrong.argmax()
+            raise UserError(f'{folder}.csv says {table["label"].iloc[row]!r} of {self.names[row]}: '
+                            'write a digit 0 .. 9')
+        self.labels = torch.from_numpy(labels.astype(np.int64))
         self.images = read_images(folder, self.names, DIGIT_SIZE)
 
 
-def read_ahead(folder, names, size, chunk=1024):
-    """Yield the named images of a folder in order, as (n, 3, size, size) uint8 tensors, n <= chunk.
-
-    While the caller works on one chunk the next is being read.
-    """
-    parts = [names[start:start + chunk] for start in range(0, len(names), chunk)]
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read_images, folder, parts[0], size)
-        for part in parts[1:] + [None]:
-            images = coming.result()
-            if part is not None:
-                coming = pool.submit(read_images, folder, part, size)
-            yield images
+def read_numbers(column, path, fix):
+    """Return a column of texts as (N,) float64; raises UserError with the row of the first that is no number."""
+    import pandas as pd
+    values = pd.to_numeric(column, errors='coerce')
+    if values.isnull().any():
+        name = values.index[values.isnull()][0]
+        raise UserError(f'{path} says {column[name]!r} of {name} in column {column.name}, which is no number: {fix}')
+    return values.values.astype(float)
 
 
 def split_held_out(count):
-    """Split range(count) into (training, held-out) index arrays, the same ones at every call.
+    """Split range(count) into (training, held-out) index tensors, the same ones at every call.
 
     500 images are held out, or a tenth of a set of fewer than 5,000.  Raises UserError if nothing
     would be left to train on.
@@ -201,13 +289,15 @@ def split_held_out(count):
         raise UserError(f'training needs two images or more, and there is {count}: add some')
     order = np.random.RandomState(HELD_OUT_SEED).permutation(count)
     held_out = min(HELD_OUT, max(1, count // 10))
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return torch.from_numpy(np.sort(order[held_out:])), torch.from_numpy(np.sort(order[:held_out]))
 
 
 def to_float(images):
     """Turn uint8 images into float32 in [0, 1]; the shape stays."""
     return images.float().div_(255)
 
+
+# ----------------------------------------------------------------------------------- augmentation
 
 def random_flip(images, rng):
     """Mirror each of (N, 3, H, W) images left to right with probability 1/2."""
@@ -275,13 +365,20 @@ def balanced_rows(labels, count, rng):
 
 # ---------------------------------------------------------------------------------------- writing
 
-def check_picture_path(path):
-    """Raise UserError unless path can name a picture: its ending is known and it is no folder."""
+def check_out(path, endings=None):
+    """Raise UserError unless path can name a file to write, where endings are given with one of these."""
     if os.path.isdir(path):
-        raise UserError(f'{path} is a folder: name the picture to write, for instance '
-                        + os.path.join(path, 'faces.png'))
-    if not path.lower().endswith(PICTURE_ENDINGS):
-        raise UserError(f'{path} does not end in .png, .jpg or .jpeg: name such a picture')
+        raise UserError(f'{path} is a folder: name the file to write, for instance '
+                        + os.path.join(path, 'faces.png' if endings else 'pred.csv'))
+    check_no_device(path)
+    if endings and not path.lower().endswith(endings):
+        raise UserError(f'{path} does not end in {", ".join(endings[:-1])} or {endings[-1]}: name such a picture')
+
+
+def check_no_device(path):
+    """Raise UserError if path is a pipe or a device, which os.replace would put a file in the place of."""
+    if is_pipe_or_device(path):
+        raise UserError(f'{path} is a device or a pipe: name a file to write')
 
 
 def write_whole(path, write):
@@ -290,10 +387,9 @@ def write_whole(path, write):
     The parent folder is made if need be; the temporary name lies in it and has path's ending.  Of a link
     the file behind it is written.  Raises UserError with path and the reason.
     """
+    check_no_device(path)
     path = os.path.realpath(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f'{path} is a device or a pipe: name a file to write')
-    parent, name = os.path.split(os.path.abspath(path))
+    parent, name = os.path.split(path)
     temporary = os.path.join(parent, f'.{os.getpid()}.{name}')
     try:
         try:
@@ -307,19 +403,22 @@ def write_whole(path, write):
                 os.remove(temporary)
     except OSError as error:
         raise UserError(f'cannot write {path} ({error.strerror or error}): '
-                        'choose a place that can be written and has room')
+                        'choose a place that can be written and has room') from error
 
 
 def make_grid(images, columns, gap=2):
     """Lay (N, 3, H, W) uint8 images out in rows on white: a (height, width, 3) uint8 array."""
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for index, image in enumerate(images):
-        y = gap + index // columns * (height + gap)
-        x = gap + index % columns * (width + gap)
-        grid[y:y + height, x:x + width] = np.asarray(image).transpose(1, 2, 0)
-    return grid
+    try:
+        from torchvision.utils import make_grid as lay_out
+        grid = lay_out(images, nrow=columns, padding=gap, pad_value=255)
+    except (ImportError, RuntimeError):    # it is missing, or was built for another torch
+        columns = min(columns, len(images))
+        missing = -len(images) % columns
+        tiles = F.pad(images, (gap, 0, gap, 0, 0, 0, 0, missing), value=255)
+        _, _, height, width = tiles.shape
+        rows = tiles.view(-1, columns, 3, height, width).permute(2, 0, 3, 1, 4)
+        grid = F.pad(rows.reshape(3, -1, columns * width), (0, gap, 0, gap), value=255)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def save_picture(path, pixels):
@@ -346,8 +445,6 @@ def save_single(folder, images):
 
 def write_predictions(path, names, labels):
     """Write the assignment's CSV, image_name,label and a row for each name; whole or not at all."""
-    import csv
-
     def write(temporary):
         # surrogateescape: a file name whose bytes are no UTF-8 is written as it stands
         with open(temporary, 'w', newline='', encoding='utf8', errors='surrogateescape') as file:
@@ -371,6 +468,8 @@ def new_figure(width, height, rows=1, columns=1):
 
     Made without pyplot, which would look for a screen.
     """
+    # matplotlib refuses to be imported under the name of a backend that it does not know, a notebook's say
+    os.environ['MPLBACKEND'] = 'agg'
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height))
@@ -427,3 +526,233 @@ def draw_points(axes, points, labels, names, markers=None):
                      alpha=alpha, linewidths=0, label=f'{name} ({len(chosen)})')
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
     axes.legend(markerscale=1.8, loc='upper left', bbox_to_anchor=(1, 1))      # beside the points
+
+
+# ------------------------------------------------------------- data and figures of problems 3 and 4
+
+SEEDS = (0, 1, 2)            # of the tables
+PER_DOMAIN = 500             # test images of each domain in a t-SNE figure
+MISTAKES = 32                # wrong predictions of a scenario in a figure
+
+
+@functools.lru_cache(maxsize=None)
+def read_digits(data_dir, domain, split):
+    """Return the DigitImages; the runs of a table read each of them once."""
+    return DigitImages(data_dir, domain, split)
+
+
+def read_scenario(data_dir, settings):
+    """Return the DigitImages of a run: the source's and the target's for training, the target's for the test."""
+    return [read_digits(data_dir, settings[domain], split) for domain, split in (
+        ('source', 'train'), ('target', 'train'), ('target', 'test'))]
+
+
+def scenario_name(target, source=None):
+    """Name a scenario as figures do: USPS to MNIST-M; the source is the assignment's unless it is given."""
+    return f'{DOMAIN_NAMES[source or SOURCE_OF[target]]} to {DOMAIN_NAMES[target]}'
+
+
+def of_seed_0(records):
+    """Return the records of the runs whose nets are shipped, which the grader's script gives again."""
+    return [record for record in records if record['seed'] == 0]
+
+
+def plot_table(base, title, rows, asked=0):
+    """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
+
+    rows is a list of (label, records of the results log), of which those without a run are left out; the
+    labels of the first, which the assignment asked for, are bold.  All values are in percent.
+    """
+    lines, cells = [], []
+    bold = [label for label, records in rows[:asked] if records]
+    rows = [row for row in rows if row[1]]
+    if not rows:
+        raise UserError('no finished run has the settings of the table: --train --resume makes them')
+    for label, records in rows:
+        cells.append([])
+        for target, source in sorted(SOURCE_OF.items()):
+            by_seed = {record['seed']: 100 * record['accuracy'] for record in records
+                       if (record['source'], record['target']) == (source, target)}
+            values = list(by_seed.values())
+            mean = f'{np.mean(values):.2f}' if values else ''
+            spread = f'{np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
+            lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
+                         + [f'{by_seed[seed]:.2f}' if seed in by_seed else '' for seed in SEEDS])
+            cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})')
+
+    def write(temporary):
+        with open(temporary, 'w', newline='') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(['row', 'source', 'target', 'runs', 'mean', 'spread']
+                            + [f'seed {seed}' for seed in SEEDS])
+            writer.writerows(lines)
+    write_whole(base + '.csv', write)
+    figure, axes = new_figure(6.5, 0.22 * len(rows) + 0.6)
+    axes.axis('off')
+    table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
+                       cellLoc='center', bbox=[0.22, 0, 0.78, 1],
+                       colLabels=[scenario_name(target).replace(' to ', ' \u2192 ') for target in sorted(SOURCE_OF)])
+    table.auto_set_font_size(False)
+    table.set_fontsize(7.5)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_linewidth(0.5)
+        if row == 0 or row <= len(bold):
+            cell.set_text_props(weight='bold')
+    axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)',
+                   fontsize=8)
+    save_figure(base + '.png', figure)
+
+
+def pick_test_images(digits):
+    """Return equal numbers of test images of the DigitImages of source and target, the same ones at every call.
+
+    Returns images (N, 3, 28, 28) uint8, labels (N,) and domains (N,), 0 for the source and 1 for the target.
+    """
+    count = min([PER_DOMAIN] + [len(one.names) for one in digits])
+    rows = [np.sort(np.random.RandomState(0).permutation(len(one.names))[:PER_DOMAIN])[:count] for one in digits]
+    images, labels = [torch.cat([getattr(one, name)[chosen] for one, chosen in zip(digits, rows)])
+                      for name in ('images', 'labels')]
+    return images, labels.numpy(), np.repeat([0, 1], count)
+
+
+def plot_features(path, title, features, labels, domains):
+    """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
+    points = embed(features.numpy())
+    figure, axes = new_figure(6.5, 3.3, columns=2)
+    draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
+                [f'${digit}$' for digit in range(10)])
+    draw_points(axes[1], points, domains, ['source', 'target'])
+    for one, name in zip(axes, ('digit', 'domain')):
+        one.set_title(f'by {name}', fontsize=8)
+    figure.suptitle(f'{title}: {len(points) // 2} test images of each domain', fontsize=9)
+    save_figure(path, figure)
+
+
+def plot_confusion(path, found):
+    """How often each digit of the target's test images is labelled as each other, in %.
+
+    found maps the title of a scenario to (DigitImages, probabilities (N, 10)); so it does below.
+    """
+    figure, all_axes = new_figure(6.5, 2.7, columns=3)
+    for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
+        counts = np.zeros((10, 10))
+        np.add.at(counts, (digits.labels.numpy(), probabilities.argmax(1).numpy()), 1)
+        shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+        axes.pcolormesh(np.arange(11) - 0.5, np.arange(11) - 0.5, shares, cmap='Blues', vmin=0,
+                        vmax=100)
+        axes.invert_yaxis()
+        axes.set_aspect('equal')
+        for row in range(10):
+            for column in range(10):
+                if shares[row, column] > 0.5:
+                    axes.text(column, row, f'{shares[row, column]:.0f}', ha='center', va='center',
+                              fontsize=7, color='white' if shares[row, column] > 50 else 'black')
+        axes.set_title(f'{title}: {100 * np.trace(counts) / counts.sum():.2f} %', fontsize=8)
+        axes.set_xlabel('predicted', fontsize=8)
+        axes.set_ylabel('digit (% of its test images)' if axes is all_axes[0] else '', fontsize=8)
+        axes.set(xticks=range(10), yticks=range(10))
+        axes.tick_params(labelsize=7)
+    save_figure(path, figure)
+
+
+def plot_mistakes(path, found):
+    """The 32 wrong predictions with the highest probability of each scenario, most confident first."""
+    figure, all_axes = new_figure(6.5, 3.9, rows=3)
+    for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
+        confidence, classes = probabilities.max(1)
+        wrong = torch.nonzero(classes != digits.labels).flatten()
+        wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES]
+        if len(wrong):
+            draw_pixels(axes, make_grid(digits.images[wrong], columns=16, gap=14))
+        for index, row in enumerate(wrong.tolist()):
+            axes.text(28 + 42 * (index % 16), 12 + 42 * (index // 16), ha='center', fontsize=7,
+                      s=f'{digits.labels[row]} as {classes[row]}')
+        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (digit as prediction)', fontsize=8)
+    save_figure(path, figure)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+def new_parser(problem, about, defaults, does, writes):
+    """Return an ArgumentParser with the flags that all scripts share.
+
+    does says what a script does without a mode, writes what --out names then; defaults are the settings.
+    """
+    parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--train', action='store_true', help=f'train; without a mode: {does}')
+    mode.add_argument('--plot', action='store_true', help='write the figures and tables')
+    parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ and digits/ (hw3_data)')
+    parser.add_argument('--out', help=f'{writes}; --plot: folder of the figures (figures)')
+    parser.add_argument('--ckpt', help='checkpoint to read, or to write with --train '
+                        f'(checkpoints/{problem}....pth)')
+    parser.add_argument('--resume', action='store_true', help='--train: go on with what was stopped')
+    parser.add_argument('--steps', type=int, help=f'training steps ({defaults["steps"]})')
+    parser.add_argument('--batch_size', type=int, help=f'images in a batch ({defaults["batch_size"]})')
+    parser.add_argument('--seed', type=int, help=f'of the noise or the run ({defaults["seed"]})')
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'],
+                        help='auto takes a GPU if there is one (auto for --train, else cpu)')
+    return parser
+
+
+def add_domains(parser):
+    """Add the flags of problems 3 and 4: a folder to label, the target and the source."""
+    parser.add_argument('--images', help='folder of the images to label')
+    parser.add_argument('--target', choices=sorted(SOURCE_OF),
+                        help='domain without labels; --train without it: the whole table')
+    parser.add_argument('--source', choices=sorted(SOURCE_OF),
+                        help='--train: domain with labels (the assignment\'s partner of the target)')
+
+
+def parse_shared(parser, problem, needs, argv):
+    """Parse argv, or else the command's own words, and check the flags that all scripts share.
+
+    needs names the flags without which a script can do nothing but --train and --plot.  The result has
+    the command too, as logs and checkpoints keep it.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    for name in ('steps', 'batch_size', 'n'):
+        if getattr(args, name, None) is not None and not 1 <= getattr(args, name) < 2 ** 31:
+            parser.error(f'--{name} must lie in 1 .. {2 ** 31 - 1}')
+    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
+        parser.error('--seed must lie in 0 .. 4294967295')
+    if args.train and args.ckpt is not None and args.ckpt.endswith('_last.pth'):
+        parser.error('--ckpt must not end in _last.pth: a run keeps its own state under that name')
+    if 'target' in args:
+        if args.target and args.source == args.target:
+            parser.error(f'--source {args.source} is the target: name another domain')
+        if args.train and not args.target and (args.ckpt or args.source):
+            parser.error('--ckpt and --source are for one run: say its --target too')
+    if args.plot:
+        args.out = args.out or 'figures'
+    elif not args.train and not all(getattr(args, name) for name in needs):
+        parser.error('say ' + ' '.join(f'--{name} {name.upper()}' for name in needs) + ', or --train, or --plot')
+    args.command = ' '.join(['python3', problem + '.py'] + [shlex.quote(word) for word in words])
+    return args
+
+
+def run_command(function, args):
+    """Call function(args); say what a user can mend in one line on stderr and exit 1."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        function(args)
+    except KeyboardInterrupt:
+        sys.exit(f'{program}: stopped by the keyboard')
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = ' '.join(str(error).split())
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            message = (f'there is not enough memory ({message[:160] or "MemoryError"}): free some, or give a smaller '
+                       '--batch_size')
+        elif isinstance(error, RuntimeError):
+            raise                          # a mistake of this program's
+        sys.exit(f'{program}: {message}')
+
+
+def is_out_of_memory(error):
+    """Return whether this is what torch raises, on a CPU or a GPU, where memory cannot be had."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in (
+        'out of memory', "can't allocate memory", 'not enough memory', 'could not create a memory', 'bad_alloc',
+        'alloc_failed'))

@@ -1,4 +1,4 @@
-"""Every net, and everything about weights: building, running, saving and loading them.
+"""Every net, and everything about weights: building, running, training, saving and loading them.
 
 Constructors take plain keyword arguments, read no globals and print nothing, so that a checkpoint
 can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
@@ -9,7 +9,12 @@ import glob
 import hashlib
 import io
 import json
+import math
+import multiprocessing
 import os
+import pickle
+import signal
+import sys
 import time
 from collections import OrderedDict
 from inspect import signature
@@ -17,11 +22,13 @@ from inspect import signature
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from datasets import UserError, to_float, write_whole
+from datasets import DIGIT_SIZE, SOURCE_OF, UserError, list_images, read_images, to_float, warn, write_whole
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
+CHECKPOINTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'checkpoints')
 
 
 # ------------------------------------------------------------------------------------------- nets
@@ -277,25 +284,28 @@ def autocast(device, precision):
     return contextlib.ExitStack()      # does nothing
 
 
-def for_training(net, device):
-    """Move a net to device, with channels_last weights where this torch gains from them."""
-    torch.set_flush_denormal(True)     # saturated nets make denormals, 40 times slower on a CPU
-    if device.type == 'cuda' and MODERN:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    net = net.to(device).train()
-    return net.to(memory_format=torch.channels_last) if MODERN else net
-
-
 def on_device(images, device):
-    """Move a float image batch to device, in the memory layout of for_training's nets."""
+    """Move a float image batch to device, in the memory layout of the nets that a Run keeps."""
     images = images.to(device)
     return images.contiguous(memory_format=torch.channels_last) if MODERN else images
+
+
+def cosine_rate(step, steps, peak, warm_up):
+    """Learning rate at a step, counted from 1: linear warm-up, then half a cosine from peak down to 0."""
+    return peak * min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
 def set_learning_rate(optimizer, learning_rate):
     for group in optimizer.param_groups:
         group['lr'] = learning_rate
+
+
+def take_step(optimizer, loss, learning_rate):
+    """Let an optimizer take one step down the gradient of loss."""
+    set_learning_rate(optimizer, learning_rate)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def update_average(average, net, decay):
@@ -338,12 +348,6 @@ def with_statistics(net, images, device):
     return net.eval()
 
 
-def predict(net, images, device, batch_size=250):
-    """Return the classes (N,) that a net in eval() gives to (N, 3, H, W) uint8 images."""
-    return run_batches(lambda batch: net(to_float(batch)).argmax(1), device, images,
-                       batch_size=batch_size).long()
-
-
 def decode_noise(decoder, count, dimensions, seed, device):
     """Decode count draws of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images.
 
@@ -369,6 +373,238 @@ def to_uint8(images):
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+# --------------------------------------------------------------------------------- a training run
+
+class Run(object):
+    """One training run from its start, or from where it stopped, to its end: all but the algorithm.
+
+    CKPT, the checkpoint, and its log appear at the end: run.pth and run.jsonl (of a name that does not end
+    in .pth nothing is cut off).  Until then run_last.pth has the state from which --resume goes on as if the
+    run had never stopped, and run_last.jsonl the log as far as that.  In a script:
+
+        run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt)
+        net = run.keep(net=Net(**NET))                   # what is kept is saved, and restored by --resume
+        run.facts(net, training_images=len(images))
+        for step in run.steps(LOG_EVERY, SAVE_EVERY):
+            ...                                          # the algorithm
+            run.log(loss=loss)                           # a record has the means since the last one
+            if run.saves:
+                run.measured(error=...)                  # on held-out images, before each save
+        run.finish(net, NET, metrics)
+
+    args are those of the command line, defaults the settings that have a flag of the same name, constants those of
+    the method, in capitals.  given overrides args.  Attributes: settings (all of these), steps, batch_size,
+    device, precision, resumed (bool), rng (a torch.Generator of the run's seed), and in the loop step,
+    logs and saves (whether this step does).  Raises UserError where a flag contradicts the saved run, the
+    method has changed since, or a new run would overwrite an unfinished one.
+    """
+
+    def __init__(self, args, problem, defaults, constants, ckpt, given=None):
+        if os.path.isdir(ckpt):
+            raise UserError(f'{ckpt} is a folder: name a file for --ckpt')
+        self.problem, self.ckpt, self.base = problem, ckpt, base_of(ckpt)
+        self.device = pick_device(args.device)
+        self.state_path = self.base + '_last.pth'
+        remove_leftovers(self.base)
+        given = dict({name: getattr(args, name) for name in defaults}, **given or {})
+        given = {name: value for name, value in given.items() if value is not None}
+        self.state = self._find_state(args.resume)
+        self.resumed = self.state is not None
+        if self.resumed:
+            self._check_resumed(given, plain(constants))
+            self.settings, self.precision = self.state['settings'], self.state['precision']
+            self.command, self.chosen = self.state['command'], self.state['chosen']
+            self.records, self.step = self.state['log'], self.state['step']
+        else:
+            self.settings = plain(dict(defaults, **given, **constants))
+            self.precision, self.command, self.chosen = pick_precision(self.device), args.command, None
+            self.records, self.step = [], 0
+        self.last_step, self.batch_size = self.settings['steps'], self.settings['batch_size']
+        self.kept, self.sums, self.counts = OrderedDict(), {}, {}
+        torch.set_flush_denormal(True)     # saturated nets make denormals, 40 times slower on a CPU
+        if self.device.type == 'cuda' and MODERN:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        torch.manual_seed(self.settings['seed'])                           # the first weights, dropout
+        self.rng = torch.Generator().manual_seed(self.settings['seed'])    # batches, augmentation, noise
+
+    def _find_state(self, resume):
+        """Return the state to go on from, or None for a new run."""
+        if not os.path.exists(self.state_path):
+            if resume:
+                print(f'{self.state_path} does not exist yet: starting a new run', flush=True)
+            return None
+        state = load_checkpoint(self.state_path, state_of(self.problem))
+        if resume:
+            return state
+        step, steps = state['step'], state['settings']['steps']
+        if step < steps:
+            raise UserError(f'{self.state_path} holds a run stopped at step {step} of {steps}: add --resume to go '
+                            'on with it, or delete it to start anew')
+        return None
+
+    def _check_resumed(self, given, constants):
+        settings = self.state['settings']
+        for name, value in given.items():
+            if value != settings[name]:
+                raise UserError(f'{self.state_path} was started with --{name} {settings[name]}: resume without '
+                                f'--{name}, or delete it to start anew')
+        check_constants(self.state_path, settings, constants)
+
+    def keep(self, **named):
+        """Return the one named thing; it is saved with the run, and restored here by --resume.
+
+        It is a net, which moves to the device, in the memory layout in which it trains fastest; an
+        optimizer; or a tensor or a list, which must then be changed in place.
+        """
+        (name, thing), = named.items()
+        if isinstance(thing, nn.Module):
+            thing = thing.to(self.device)
+            thing = thing.to(memory_format=torch.channels_last) if MODERN else thing
+        elif torch.is_tensor(thing):
+            thing = thing.to(self.device)
+        self.kept[name] = thing
+        if self.resumed:
+            saved = self.state[name]
+            if torch.is_tensor(thing):
+                thing.copy_(saved)
+            elif isinstance(thing, list):
+                thing[:] = saved
+            else:
+                thing.load_state_dict(saved)
+        return thing
+
+    def facts(self, *nets, **facts):
+        """Log what else describes the run: numbers of images, sums of files; parameters are those of nets.
+
+        Raises UserError if --resume finds another: the data folder, say, is not the one it began with.
+        """
+        facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
+        if self.resumed:
+            for name, value in facts.items():
+                if self.state['facts'][name] != value:
+                    raise UserError(f'{self.state_path} was started with {name.replace("_", " ")} '
+                                    f'{self.state["facts"][name]}, and now there is {value}: give it back what it '
+                                    'was started with, or delete it to start anew')
+        else:
+            self.records.append(dict(
+                kind='run', command=self.command, settings=self.settings, device=self.device.type,
+                precision=self.precision, threads=torch.get_num_threads(), torch=str(torch.__version__), **facts))
+        self.described = facts
+
+    def steps(self, log_every, save_every):
+        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save."""
+        self.start = time.time()
+        if self.resumed:
+            self.rng.set_state(self.state['rng'])
+            torch.set_rng_state(self.state['torch_rng'])
+            self.start -= self.state['seconds']
+            self.state = None              # its memory is needed no more
+        elif os.path.exists(self.state_path):      # of a finished run: it must not be taken for this one
+            os.remove(self.state_path)
+        for step in range(self.step + 1, self.last_step + 1):
+            self.step = step
+            self.logs = self.step % log_every == 0 or self.step == self.last_step
+            self.saves = self.step % save_every == 0 or self.step == self.last_step
+            yield step
+            if self.saves:
+                self._save()
+
+    def autocast(self):
+        """Return the context in which this run's nets are called."""
+        return autocast(self.device, self.precision)
+
+    def log(self, **scalars):
+        """Take numbers or one-element tensors into the means of the next record; at its step, log and show it.
+
+        The first four are shown.  Raises UserError if a mean is not finite.
+        """
+        for name, value in scalars.items():
+            self.sums[name], self.counts[name] = self.sums.get(name, 0) + value, self.counts.get(name, 0) + 1
+        if not self.logs:
+            return
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise UserError(f'a loss is not finite near step {self.step}: the last good save, if there is one, '
+                            f'stays in {self.state_path}; start anew with another --seed')
+        self.sums, self.counts = {}, {}
+        speed = self.step * self.batch_size / (time.time() - self.start)
+        self.records.append(dict(kind='train', step=self.step, images_per_second=speed, **means))
+        shown = '  '.join(f'{name.replace("_", " ")} {means[name]:.4g}' for name in list(means)[:4])
+        left = int((self.last_step - self.step) * self.batch_size / speed)
+        print(f'{os.path.basename(self.base)}  step {self.step}/{self.last_step}  {shown}  {speed:.0f} images/s  '
+              f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
+
+    def measured(self, **scalars):
+        """Log what was measured on held-out images."""
+        self.records.append(dict(kind='held_out', step=self.step, **scalars))
+
+    def choose(self, score, net):
+        """Keep the weights of net as the chosen ones if no score before was as low."""
+        if self.chosen is None or score < self.chosen['score']:
+            self.chosen = dict(step=self.step, score=score, net=plain_state(net))
+
+    def _save(self):
+        kept = {name: thing.state_dict() if hasattr(thing, 'state_dict') else thing
+                for name, thing in self.kept.items()}
+        save_checkpoint(self.state_path, dict(
+            kept, problem=state_of(self.problem), step=self.step, seconds=time.time() - self.start,
+            settings=self.settings, facts=self.described, precision=self.precision, command=self.command,
+            chosen=self.chosen, log=self.records, rng=self.rng.get_state(), torch_rng=torch.get_rng_state()))
+        write_log(self.base + '_last.jsonl', self.records)
+
+    def from_file(self, net, name):
+        """Return net in eval() with the weights that were kept under name, or chosen, as the file has them."""
+        state = load_checkpoint(self.state_path, state_of(self.problem))
+        net.load_state_dict(state['chosen']['net'] if name == 'chosen' else state[name])
+        return net.to(self.device).eval()
+
+    def finish(self, net, config, metrics, **more):
+        """Write the checkpoint of net, which config rebuilds, its sum, and at last the log.
+
+        metrics are what was measured on the test images; more goes into the checkpoint too.
+        """
+        chosen = {} if self.chosen is None else dict(chosen_step=self.chosen['step'])
+        self.records.append(dict(kind='test', step=self.step, **chosen, **metrics))
+        save_checkpoint(self.ckpt, dict(
+            more, problem=self.problem, step=chosen.get('chosen_step', self.step), config=config,
+            net=plain_state(net), settings=self.settings, metrics=metrics, command=self.command))
+        write_sum(self.ckpt)
+        write_log(self.base + '.jsonl', self.records)
+        print(self.ckpt + ': ' + ', '.join(f'{name.replace("_", " ")} {value:.5g}' for name, value in metrics.items()))
+
+
+def base_of(ckpt):
+    """Return a checkpoint's path without its ending .pth: what the names of its log and state begin with."""
+    return ckpt[:-len('.pth')] if ckpt.endswith('.pth') else ckpt
+
+
+def state_of(problem):
+    """Return the name under which the training states of a problem are saved."""
+    return f'{problem} (training state)'
+
+
+def remove_leftovers(base):
+    """Remove what a run left that was killed in a save; not the saves of a run beside it."""
+    folder, stem = os.path.split(os.path.abspath(base))
+    for ending in ('', '.pth', '.jsonl', '_last.pth', '_last.jsonl'):
+        for leftover in glob.glob(os.path.join(glob.escape(folder), f'.[0-9]*.{glob.escape(stem)}{ending}')):
+            os.remove(leftover)
+
+
+def plain(values):
+    """Return values as JSON gives them back, so that settings can be compared with those of a file."""
+    return json.loads(json.dumps(values))
+
+
+def check_constants(path, settings, constants):
+    """Raise UserError if the settings of the run at path have other constants of the method than these."""
+    for name, value in constants.items():
+        if settings.get(name) != value:
+            raise UserError(f'{path} was made with {name} = {settings.get(name)}, and the script now has {value}: '
+                            'undo that change, or delete the run to make it anew')
+
+
 # -------------------------------------------------------------------------------------- on the disk
 
 def plain_state(net):
@@ -392,62 +628,83 @@ def save_checkpoint(path, checkpoint):
     write_whole(path, write)
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Reads tensors and plain containers alone: a checkpoint from elsewhere runs no code of its own.
+
+    For a torch without weights_only.
+    """
+
+    def find_class(self, module, name):
+        known = (module, name) in (('collections', 'OrderedDict'), ('torch', 'Size'),
+                                   ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'))
+        if not known and not (module == 'torch' and name.endswith('Storage') and name.isalpha()):
+            raise pickle.UnpicklingError(f'it wants to run {module}.{name}')
+        return super(PlainUnpickler, self).find_class(module, name)
+
+
+class PlainPickle(object):
+    """What torch.load needs of the module pickle, with PlainUnpickler in place of its Unpickler."""
+
+    Unpickler = PlainUnpickler
+    load = staticmethod(lambda file, **options: PlainUnpickler(file, **options).load())
+
+
 def load_checkpoint(path, problem):
     """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU.
 
-    Raises UserError if path is missing, torn, no checkpoint or one of another problem.
+    Raises UserError if path is missing, torn, of a newer torch, no checkpoint or one of another problem.
     """
+    script, state = problem.split()[0], problem == state_of(problem.split()[0])
+    fix = 'delete it and train anew' if state else (
+        f'name another --ckpt, or delete it and let hw3_{problem[:2]}.sh fetch it again')
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}: train one with {problem.split()[0]}.py --train, '
+        raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train, '
                         f'or let hw3_{problem[:2]}.sh fetch it')
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'PK'
+    if zipped and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):
+        raise UserError(f'{path} was saved by a newer torch than this {torch.__version__}: save it again there with '
+                        'torch.save(..., _use_new_zipfile_serialization=False)')
     # torch 1.4 would hand weights_only on to pickle
-    safe = {'weights_only': True} if 'weights_only' in signature(torch.load).parameters else {}
+    safe = dict(weights_only=True) if 'weights_only' in signature(torch.load).parameters else dict(
+        pickle_module=PlainPickle)
     try:
         checkpoint = torch.load(path, map_location='cpu', **safe)
         found = checkpoint['problem']
     except Exception as error:     # a torn pickle can raise nearly anything
         reason = ' '.join(str(error).split())[:80]
-        raise UserError(f'{path} is no checkpoint or a torn one ({type(error).__name__}: {reason}): '
-                        f'delete it and let hw3_{problem[:2]}.sh fetch it again, or train anew')
+        raise UserError(f'{path} is no checkpoint or a torn one ({type(error).__name__}: {reason}): {fix}') from error
     if found != problem:
         raise UserError(f'{path} is a checkpoint of {found}, not of {problem}: name another --ckpt')
     return checkpoint
 
 
-def resume_run(path, problem, resume, given, defaults, open_end=None):
-    """Return (settings, state) of a run whose training state is, or will be, saved at path.
+def load_net(kind, path, problem, device):
+    """Return (net in eval() on device, checkpoint) of a checkpoint that a Run finished.
 
-    given holds the settings of the command line, None where the user left one out; a saved run
-    supplies these, or defaults does.  state is None for a new run.  Raises UserError where a flag
-    contradicts the saved run, or a new run would overwrite an unfinished one.  open_end names the setting
-    that says when a run ends, if a resumed run may have another one, not before its saved step.
+    kind is the class of the net.  What nn.DataParallel (module.) or torch.compile (_orig_mod.) puts before the
+    names of weights is dropped.  Raises UserError if they do not fit the net.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    stem = name[:-len('_last.pth')]
-    for ending in ('.pth', '.jsonl', '_last.pth', '_last.jsonl'):
-        # what a run left that was killed in a save; not the saves of a run beside it
-        for leftover in glob.glob(os.path.join(glob.escape(folder),
-                                               f'.[0-9]*.{glob.escape(stem)}{ending}')):
-            os.remove(leftover)
-    state = load_checkpoint(path, problem) if os.path.exists(path) else None
-    if resume and state is None:
-        print(f'{path} does not exist yet: starting a new run', flush=True)
-    if state is not None and not resume:
-        ended = state['step'] >= state['settings']['steps']
-        if not ended or (given.get(open_end) or 0) > state['settings']['steps']:
-            raise UserError(f'{path} holds a run {"that ended" if ended else "stopped"} at step '
-                            f'{state["step"]} of {state["settings"]["steps"]}: add --resume to go on with '
-                            'it, or delete it to start anew')
-        state = None
-    settings = dict(defaults if state is None else state['settings'])
-    for name, value in given.items():
-        if (value is not None and state is not None and value != settings[name]
-                and not (name == open_end and value >= state['step'])):
-            raise UserError(f'{path} was started with --{name} {settings[name]}: resume without '
-                            f'--{name}, or delete it to start anew')
-        if value is not None:
-            settings[name] = value
-    return settings, state
+    checkpoint = load_checkpoint(path, problem)
+    fix = f'it is not as {problem}.py --train writes it: name another --ckpt'
+    try:
+        net = kind(**checkpoint['config'])
+        weights = OrderedDict()
+        for name, value in checkpoint['net'].items():
+            while name.startswith(('module.', '_orig_mod.')):
+                name = name.split('.', 1)[1]
+            weights[name] = value
+        sizes, found = [{name: tuple(value.shape) for name, value in state.items()}
+                        for state in (net.state_dict(), weights)]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f'{type(error).__name__}: {str(error)[:80]}'
+        raise UserError(f'{path} does not say what net it is of ({reason}): {fix}') from error
+    for wrong, says in ((sizes.keys() - found.keys(), 'lacks {}'), (found.keys() - sizes.keys(), 'has {} too many'),
+                        ({name for name in sizes if sizes[name] != found.get(name)}, 'has another size of {}')):
+        if wrong:
+            raise UserError(f'{path} {says.format(min(wrong))} ({len(wrong)} such weights): {fix}')
+    net.load_state_dict(weights)
+    return net.to(device).eval(), checkpoint
 
 
 def file_sum(path):
@@ -480,56 +737,225 @@ def write_log(path, records):
     write_whole(path, write)
 
 
-class RunLog(object):
-    """The scalars of a training run as JSON lines, for --plot and README.
-
-    Opened again at step, it forgets what was logged after that step, and the measurement at a run's
-    end, so that a resumed run's log reads as if the run had never stopped.
-    """
-
-    def __init__(self, path, step):
-        write_log(path, [record for record in (read_log(path, step) if step else [])
-                         if record['kind'] != 'test'])
-        self.path = path
-
-    def add(self, kind, **scalars):
-        try:
-            with open(self.path, 'a') as file:
-                file.write(json.dumps(dict(kind=kind, **scalars)) + '\n')
-        except OSError as error:
-            raise UserError(f'cannot write {self.path} ({error.strerror}): make room, then --resume')
-
-
-def read_log(path, last_step=float('inf')):
-    """Return the records (dicts) of a JSON-lines log up to last_step; a torn line ends it."""
+def read_log(path):
+    """Return the records (dicts) of a JSON-lines log.  Raises UserError if it is missing or no log."""
     if not os.path.isfile(path):
         raise UserError(f'there is no log {path}: --train writes it beside its checkpoint, and '
                         'tests/benchmark.py those of the measurements')
-    records = []
     with open(path) as file:
-        for line in file:
+        try:
+            return [json.loads(line) for line in file]
+        except ValueError as error:
+            raise UserError(f'{path} is no log ({error}): restore it with git, or train anew') from error
+
+
+# -------------------------------------------------------------------- shared by problems 3 and 4
+
+DIGIT_NET = dict(channels=[24, 48, 96], dropout=0.5)       # channels at 28, 14 and 7 pixels
+DISCRIMINATOR_HIDDEN = 128
+PROCESSES = 8                # at most, in labelling a folder
+SHARE = 256                  # images that a process reads at once
+
+
+def domain_loss(source, target):
+    """Mean cross-entropy of the discriminator's logits (N,) for source images and for target ones.
+
+    Source: Ganin et al. 2016, section 4.2; 1 stands for the source domain, each domain counts a half.
+    """
+    return 0.5 * (F.softplus(-source).mean() + F.softplus(target).mean())
+
+
+def domain_accuracy(source, target):
+    """Share of the discriminator's logits (N,) that are on their domain's side; each domain counts a half."""
+    return 0.5 * ((source > 0).float().mean() + (target < 0).float().mean())
+
+
+def predict(net, images, device, batch_size=250):
+    """Return the classes (N,) that a net in eval() gives to (N, 3, H, W) uint8 images."""
+    return run_batches(lambda batch: net(to_float(batch)).argmax(1), device, images,
+                       batch_size=batch_size).long()
+
+
+def probabilities_of(net, images, device):
+    """Return the probabilities (N, 10) that a net in eval() gives to (N, 3, H, W) uint8 images."""
+    return run_batches(lambda batch: torch.softmax(net(to_float(batch)), 1), device, images)
+
+
+def accuracy(net, images, labels, device):
+    """Share of (N, 3, H, W) uint8 images to which a net in eval() gives their labels (N,)."""
+    return (predict(net, images, device) == labels).float().mean().item()
+
+
+def label_folder(problem, ckpt, target, folder, batch_size, device):
+    """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
+
+    A CPU divides the images between as many processes as it has cores.  An image's label depends on
+    that image alone.
+    """
+    torch.set_num_threads(1)               # in each process; two threads would wait for a busy core
+    net, checkpoint = load_net(DigitNet, ckpt, problem, device)
+    trained_for = checkpoint.get('settings', {}).get('target')
+    if trained_for != target:
+        raise UserError(f'{ckpt} was trained for {trained_for}: name that as --target, or another --ckpt')
+    names = list_images(folder)
+    others = len(os.listdir(folder)) - len(names)
+    if others:
+        print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
+    shares = [names[start:start + SHARE] for start in range(0, len(names), SHARE)]
+    # forked processes have the net without loading it; elsewhere than on Linux forking is not safe
+    count = min(PROCESSES, len(os.sched_getaffinity(0)), len(shares)) if sys.platform == 'linux' else 1
+    labels, flat, shown = [], [], time.time()
+    for share, (digits, of_one_colour) in zip(shares, in_processes(
+            1 if device.type == 'cuda' else count, label_share, shares, net, folder, batch_size, device)):
+        labels += digits
+        flat += [name for name, one in zip(share, of_one_colour) if one]
+        if time.time() - shown > 2:
+            print(f'{len(labels):,} of {len(names):,} images', flush=True)
+            shown = time.time()
+    if flat:
+        warn(f'{flat[0]} has a single colour ({len(flat)} such of {len(names)} images): its label means nothing')
+    return names, labels
+
+
+def label_share(names, net, folder, batch_size, device):
+    """Return the digits of some of a folder's images, and which of these images have a single colour."""
+    images = read_images(folder, names, DIGIT_SIZE)
+    flat = (images == images[:, :, :1, :1]).flatten(1).all(1)
+    return predict(net, images, device, batch_size).tolist(), flat.tolist()
+
+
+def in_processes(count, function, parts, *inputs):
+    """Yield function(part, *inputs) for each of parts in turn, computed in count processes (1: in this one).
+
+    An exception in one of them is raised here; all of them end with this function.
+    """
+    if count == 1:
+        for part in parts:
+            yield function(part, *inputs)
+        return
+    forked = multiprocessing.get_context('fork')
+    pipes = [forked.Pipe(duplex=False) for _ in range(count)]
+    workers = [forked.Process(target=work, args=(index, pipes, function, parts[index::count], inputs), daemon=True)
+               for index in range(count)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)         # the keyboard stops this process, and it them
+    try:
+        for worker in workers:
+            worker.start()
+        for _, sender in pipes:
+            sender.close()
+        signal.signal(signal.SIGINT, handler)
+        for index in range(len(parts)):
             try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record.get('step', 0) <= last_step:
-                records.append(record)
-    return records
+                result = pipes[index % count][0].recv()
+            except EOFError:
+                raise UserError('a process was ended from outside, probably for want of memory: free some, or give a '
+                                'smaller --batch_size') from None
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for worker in workers:
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
 
 
-def is_complete(path, settings):
-    """Return whether the log at path is that of a finished run with these settings."""
-    records = read_log(path) if os.path.exists(path) else []
-    return bool(records) and records[-1]['kind'] == 'test' and records[0].get('settings') == settings
+def work(index, pipes, function, parts, inputs):
+    """Send function(part, *inputs) for each of parts through the pipe of this process, or an exception."""
+    for other, (receiver, sender) in enumerate(pipes):
+        receiver.close()                   # so that sending fails once the first process is gone
+        if other != index:
+            sender.close()
+    try:
+        for part in parts:
+            pipes[index][1].send(function(part, *inputs))
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
+    except Exception as error:
+        pipes[index][1].send(error)
 
 
-def collect_results(path, logs):
-    """Write into one results log the settings and the test's metrics of every finished run of these logs."""
-    folder, records = os.path.dirname(os.path.dirname(path)), []
-    for log in sorted(logs):
-        lines = read_log(log)
-        if lines and lines[-1]['kind'] == 'test' and not log.endswith('_last.jsonl'):
+def run_path(problem, defaults, settings, name):
+    """Return the checkpoint of a run: runs of a scenario share a folder, one for each target is shipped.
+
+    name says what the run trains; what differs from defaults beside the seed is in the path too.
+    """
+    if settings == dict(defaults, target=settings['target'], source=SOURCE_OF[settings['target']]):
+        return os.path.join(CHECKPOINTS, f'{problem}_{settings["target"]}.pth')
+    changed = ''.join(f'_{other}{settings[other]}' for other in ('steps', 'batch_size')
+                      if settings[other] != defaults[other])
+    return os.path.join(CHECKPOINTS, f'{problem[:2]}_runs', f'{settings["source"]}_{settings["target"]}',
+                        f'{name}{changed}_seed{settings["seed"]}.pth')
+
+
+def results_path(problem):
+    """Return the log that gathers the results of a problem's table."""
+    return os.path.join(CHECKPOINTS, f'{problem[:2]}_results.jsonl')
+
+
+def digit_runs(args, problem, defaults, constants, cells, name_of):
+    """Yield the Run of --target, or every Run of the table that the other flags leave and that is to be trained.
+
+    cells are the settings of the table's runs, name_of(settings) names one.  With --resume finished runs
+    are left out; between runs the results of all that are finished are gathered.
+    """
+    table = []
+    for cell in cells:
+        settings = dict(defaults, source=SOURCE_OF[cell['target']], **cell)
+        table.append((settings, run_path(problem, defaults, settings, name_of(settings))))
+    flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    if args.target:
+        settings = dict(defaults, source=SOURCE_OF[args.target])
+        path = run_path(problem, defaults, dict(settings, **flags), name_of(dict(settings, **flags)))
+        yield Run(args, problem, settings, constants, args.ckpt or path)
+        if not args.ckpt:
+            gather_results(problem, table, constants, name_of)
+        return
+    names = set(cells[0])
+    chosen = [(dict(settings, **flags), path) for settings, path in table
+              if all(settings[name] == value for name, value in flags.items() if name in names)]
+    if not chosen:
+        raise UserError('no run of the table has these flags: add --target to train a run of its own')
+    for settings, _ in chosen:
+        path = run_path(problem, defaults, settings, name_of(settings))
+        if args.resume and is_finished(path, dict(settings, **constants)):
+            print(f'{path} is finished', flush=True)
+        else:
+            yield Run(args, problem, defaults, constants, path, given=settings)
+        gather_results(problem, table, constants, name_of)
+
+
+def is_finished(path, settings):
+    """Return whether the checkpoint at path has the log of a finished run.
+
+    Raises UserError if that run has other constants of the method than settings.
+    """
+    log = base_of(path) + '.jsonl'
+    if not os.path.exists(log):
+        return False
+    check_constants(log, read_log(log)[0]['settings'],
+                    plain({name: value for name, value in settings.items() if name.isupper()}))
+    return read_log(log)[-1]['kind'] == 'test'
+
+
+def gather_results(problem, table, constants, name_of):
+    """Write into one log what the finished runs of a table, [(settings, path)], measured on test images."""
+    records = []
+    for settings, path in table:
+        log = base_of(path) + '.jsonl'
+        lines = read_log(log) if os.path.exists(log) else []
+        if lines and lines[-1]['kind'] == 'test' and lines[0]['settings'] == plain(dict(settings, **constants)):
             metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
-            records.append(dict(lines[0]['settings'], kind='result', log=os.path.relpath(log, folder),
-                                **metrics))
-    write_log(path, records)
+            records.append(dict(kind='result', row=name_of(settings), source=settings['source'],
+                                target=settings['target'], seed=settings['seed'],
+                                log=os.path.relpath(log, os.path.dirname(CHECKPOINTS)), **metrics))
+    write_log(results_path(problem), records)
+
+
+def rows_of(problem):
+    """Return {name of a row: its records} of a problem's table."""
+    rows = {}
+    for record in read_log(results_path(problem)):
+        rows.setdefault(record['row'], []).append(record)
+    return rows

@@ -12,28 +12,22 @@ over the training steps (EMA) is what is kept.
 Rule of choice: of the averages saved during the run, the one with the least loss on 500 held-out
 training faces.  The test faces are measured once, from the file that was chosen.
 """
-import argparse
 import copy
 import glob
-import math
 import os
-import shlex
-import sys
-import time
 
 import numpy as np
 import torch
 
-from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_pixels, draw_points,
-                      draw_text, embed, make_grid, new_figure, random_flip, run_command, save_figure,
-                      save_picture, save_single, split_held_out, to_float)
-from models import (VAE, RunLog, autocast, decode_noise, for_training, load_checkpoint, on_device,
-                    pick_device, pick_precision, plain_state, read_log, resume_run, run_batches,
-                    save_checkpoint, set_learning_rate, to_uint8, update_average, write_log, write_sum)
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, draw_pixels, draw_points,
+                      draw_text, embed, make_grid, new_figure, new_parser, parse_shared, random_flip,
+                      run_command, save_figure, save_picture, save_single, split_held_out, to_float)
+from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, load_net,
+                    on_device, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
+                    update_average)
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 PROBLEM = 'p1_vae'
-STATE = 'p1_vae (training state)'
+CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
 
 # nets
 NET = dict(latent_dim=128, channels=[32, 64, 128, 256])     # channels at 32, 16, 8 and 4 pixels
@@ -57,9 +51,15 @@ SAVE_EVERY = 500             # steps
 FACES = 32                   # in the graded picture
 COLUMNS = 8
 TABLE_SEED = 10              # picks the ten test images of table 1_3
-SWEEP = os.path.join(HERE, 'checkpoints', 'p1_lambda')             # logs of other lambda_KL
-LINEAR_CODE = os.path.join(HERE, 'checkpoints', 'p1_linear_code.jsonl')    # of tests/benchmark.py
+SWEEP = os.path.join(CHECKPOINTS, 'p1_lambda')                     # logs of other lambda_KL
+LINEAR_CODE = os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl')    # of tests/benchmark.py
 PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see Sources in README.md
+
+
+def constants():
+    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    return dict(NET=NET, LEARNING_RATE=LEARNING_RATE, LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP,
+                KL_WARM_UP=KL_WARM_UP, GRADIENT_NORM=GRADIENT_NORM, AVERAGE_DECAY=AVERAGE_DECAY)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -75,12 +75,6 @@ def kl_divergence(mean, log_variance):
     Source: Kingma and Welling 2014, appendix B; the slides' L_KL.
     """
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1)
-
-
-def learning_rate_at(step, steps):
-    """Linear warm-up, then half a cosine down to 0 at the last step (steps count from 1)."""
-    warm_up = min(1.0, step / LEARNING_RATE_WARM_UP)
-    return LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
 def lambda_kl_at(step, settings):
@@ -113,60 +107,33 @@ def measure(vae, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    if os.path.isdir(args.ckpt):
-        raise UserError(f'{args.ckpt} is a folder: name a file for --ckpt')
-    base = os.path.splitext(args.ckpt)[0]
-    device = pick_device(args.device)
-    settings, state = resume_run(
-        base + '_last.pth', STATE, args.resume,
-        given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
-    steps, batch_size = settings['steps'], settings['batch_size']
-    torch.manual_seed(settings['seed'])                                    # the first weights
-    rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
+    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or CKPT)
+    settings, device, rng = run.settings, run.device, run.rng
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
     # nets
-    if state is not None:
-        config = state['config']
-    else:
-        config = load_checkpoint(settings['init'], PROBLEM)['config'] if settings['init'] else NET
-    vae = VAE(**config)
-    if settings['init'] and state is None:
-        vae.load_state_dict(load_checkpoint(settings['init'], PROBLEM)['net'])
-    vae = for_training(vae, device)
-    average = copy.deepcopy(vae).eval()
+    vae = VAE(**NET)
+    if settings['init'] and not run.resumed:
+        vae, checkpoint = load_net(VAE, settings['init'], PROBLEM, device)
+        if checkpoint['config'] != settings['NET']:
+            raise UserError(f'{settings["init"]} has a net of other sizes than NET in this script: name another --init')
+    vae = run.keep(net=vae).train()
+    average = run.keep(average=copy.deepcopy(vae)).eval()
+    run.facts(vae, training_images=len(training), held_out=len(held_out))
     # optimizers
-    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10)
-    # resume
-    step, seconds, best, chosen = 0, 0.0, float('inf'), None
-    if state is not None:
-        step, seconds, best, chosen = [state[name] for name in ('step', 'seconds', 'best', 'chosen')]
-        vae.load_state_dict(state['net'])
-        average.load_state_dict(state['average'])
-        optimizer.load_state_dict(state['optimizer'])
-        rng.set_state(state['rng'])
-    precision = pick_precision(device) if state is None else state['precision']
-    command = args.command if state is None else state['command']
-    if state is None and os.path.exists(base + '_last.pth'):
-        os.remove(base + '_last.pth')      # of a finished run: it must not be resumed on a new log
-    log = RunLog(base + '_last.jsonl', step)
-    if state is None:
-        log.add('run', command=command, settings=settings, training_images=len(training),
-                held_out=len(held_out), device=device.type, precision=precision,
-                threads=torch.get_num_threads(), torch=torch.__version__,
-                parameters=sum(parameter.numel() for parameter in vae.parameters()))
-    start = time.time() - seconds
+    optimizer = run.keep(optimizer=torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10))
     # loop
-    for step in range(step + 1, steps + 1):
+    for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch
-        rows = torch.randint(len(training), (batch_size,), generator=rng)
+        rows = torch.randint(len(training), (run.batch_size,), generator=rng)
         x = on_device(random_flip(to_float(training[rows]), rng), device)
-        noise = torch.randn(batch_size, config['latent_dim'], generator=rng).to(device)
+        noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
         # update: reconstruction + lambda_KL KL
-        learning_rate, lambda_kl = learning_rate_at(step, steps), lambda_kl_at(step, settings)
+        learning_rate = cosine_rate(step, run.last_step, LEARNING_RATE, LEARNING_RATE_WARM_UP)
+        lambda_kl = lambda_kl_at(step, settings)
         set_learning_rate(optimizer, learning_rate)
-        with autocast(device, precision):
+        with run.autocast():
             output, mean, log_variance = vae(x, noise)
         reconstruction = reconstruction_loss(output.float(), x)
         kl = kl_divergence(mean.float(), log_variance.float()).mean()
@@ -176,69 +143,28 @@ def train(args):
         torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
         optimizer.step()
         update_average(average, vae, min(AVERAGE_DECAY, step / (step + 20)))
-        # log
-        if step % LOG_EVERY == 0 or step == steps:
-            if not math.isfinite(loss.item()):
-                raise UserError(f'the loss is {loss.item()} at step {step}: the last good save, if there '
-                                f'is one, stays in {base}_last.pth; start anew with another --seed')
-            seconds = time.time() - start
-            speed = step * batch_size / seconds
-            log.add('train', step=step, reconstruction=reconstruction.item(), kl=kl.item(),
-                    lambda_kl=lambda_kl, learning_rate=learning_rate, images_per_second=speed)
-            left = int((steps - step) * batch_size / speed)
-            print(f'step {step}/{steps}  reconstruction {reconstruction.item():.4f}  '
-                  f'KL {kl.item():.1f} nats  {speed:.0f} images/s  '
-                  f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
-        # save
-        if step % SAVE_EVERY == 0 or step == steps:
+        # log and save
+        run.log(reconstruction=reconstruction.detach(), kl=kl.detach(), learning_rate=learning_rate)
+        if run.saves:
             found = measure(average, held_out, device)
             found['loss'] = found['reconstruction'] + settings['lambda_kl'] * found['kl']
-            log.add('held_out', step=step, **found)
-            if found['loss'] < best:
-                best, chosen = found['loss'], dict(step=step, net=plain_state(average))
-            save_checkpoint(base + '_last.pth', dict(
-                problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
-                config=config, settings=settings, precision=precision, command=command,
-                net=vae.state_dict(), average=average.state_dict(),
-                optimizer=optimizer.state_dict(), rng=rng.get_state()))
+            run.measured(**found)
+            run.choose(found['loss'], average)
     # final check from file
-    chosen = load_checkpoint(base + '_last.pth', STATE)['chosen']
-    vae = VAE(**config)
-    vae.load_state_dict(chosen['net'])
-    metrics = dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
-                   **measure(vae.to(device).eval(), test.images, device))
-    log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
-    save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
-                                    net=chosen['net'], settings=settings, metrics=metrics,
-                                    command=command))
-    write_sum(args.ckpt)
-    write_log(base + '.jsonl', read_log(log.path))
-    print('{}: step {}, test MSE {mse:.5f} at {kl:.1f} nats'.format(
-        args.ckpt, chosen['step'], **metrics))
+    vae = run.from_file(VAE(**NET), 'chosen')
+    run.finish(vae, NET, dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
+                              **measure(vae, test.images, device)))
 
 
 # ------------------------------------------------------------------------------------------- infer
 
-def load_vae(path, device):
-    """Return (net in eval() on device, checkpoint) of a checkpoint that train() wrote."""
-    checkpoint = load_checkpoint(path, PROBLEM)
-    vae = VAE(**checkpoint['config'])
-    vae.load_state_dict(checkpoint['net'])
-    return vae.to(device).eval(), checkpoint
-
-
-def draw_faces(vae, count, seed, device):
-    """Draw count faces from N(0, I): (count, 3, 64, 64) uint8."""
-    return decode_noise(vae.decoder, count, vae.decoder.project.in_features, seed, device)
-
-
 def infer(args):
     """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
     if args.n is None:
-        check_picture_path(args.out)
+        check_out(args.out, PICTURE_ENDINGS)
     # on the CPU unless asked otherwise: the picture is the same on every machine
     device = pick_device(args.device or 'cpu')
-    vae = load_vae(args.ckpt, device)[0]
+    vae = load_net(VAE, args.ckpt or CKPT, PROBLEM, device)[0]
     images = draw_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)
     if args.n is None:
         save_picture(args.out, make_grid(images, COLUMNS))
@@ -246,14 +172,19 @@ def infer(args):
         save_single(args.out, images)
 
 
+def draw_faces(vae, count, seed, device):
+    """Draw count faces from N(0, I): (count, 3, 64, 64) uint8."""
+    return decode_noise(vae.decoder, count, vae.decoder.project.in_features, seed, device)
+
+
 # -------------------------------------------------------------------------------------------- plot
 
 def plot(args):
     """Write every figure of the report to --out (figures/) from checkpoint, logs and test faces."""
     device = pick_device(args.device or 'cpu')
-    vae, checkpoint = load_vae(args.ckpt, device)
-    base = os.path.splitext(args.ckpt)[0]
-    log, test = read_log(base + '.jsonl'), FaceImages(args.data_dir, 'test')
+    ckpt = args.ckpt or CKPT
+    vae = load_net(VAE, ckpt, PROBLEM, device)[0]
+    log, test = read_log(base_of(ckpt) + '.jsonl'), FaceImages(args.data_dir, 'test')
     linear = read_log(LINEAR_CODE)
     has_attribute = test.attribute(args.attribute)
     if len(test.names) < 10 or has_attribute.all() or not has_attribute.any():
@@ -268,7 +199,7 @@ def plot(args):
                  make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
     plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, has_attribute, args.attribute)
     plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, args.attribute, device)
-    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base, linear)
+    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
     print(f'seven figures and tables are in {args.out}')
 
 
@@ -393,41 +324,14 @@ def plot_rate_distortion(path, base, linear):
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--train', action='store_true', help='train; without a mode: draw faces')
-    mode.add_argument('--plot', action='store_true', help='write the figures')
-    parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ (hw3_data)')
-    parser.add_argument('--out', help='picture or, with --n, folder to write; --plot: figures')
-    parser.add_argument('--ckpt', default=os.path.join(HERE, 'checkpoints', PROBLEM + '.pth'),
-                        help='checkpoint to read, or to write with --train')
-    parser.add_argument('--resume', action='store_true', help='--train: go on with a stopped run')
-    parser.add_argument('--steps', type=int, help=f'training steps ({DEFAULTS["steps"]})')
-    parser.add_argument('--batch_size', type=int,
-                        help=f'images in a training step ({DEFAULTS["batch_size"]})')
-    parser.add_argument('--seed', type=int, help=f'of the noise or the run ({DEFAULTS["seed"]})')
-    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'],
-                        help='auto takes a GPU if there is one (auto for --train, else cpu)')
-    parser.add_argument('--lambda_kl', type=float,
-                        help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
-    parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
+    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
     parser.add_argument('--n', type=int, help='draw so many single images')
+    parser.add_argument('--lambda_kl', type=float, help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
+    parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
     parser.add_argument('--attribute', default='Male', help='--plot: colours fig1_5 (Male)')
-    args = parser.parse_args(argv)
-    for name in ('steps', 'batch_size', 'n'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1')
+    args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.lambda_kl is not None and not 0 <= args.lambda_kl < float('inf'):
         parser.error('--lambda_kl must be a number of at least 0')
-    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
-        parser.error('--seed must lie in 0 .. 4294967295')
-    if args.plot:
-        args.out = args.out or 'figures'
-    elif not args.train and not args.out:
-        parser.error('say --out PICTURE, --train or --plot')
-    words = sys.argv[1:] if argv is None else argv
-    args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
     return args
 
 

@@ -19,30 +19,23 @@ faces decides (tests/benchmark.py samples), since that encoder overlooks fine gr
 WGAN-GP, which draws them, would have been shipped.  The test faces are measured at the end of --train,
 from the file that was chosen.
 """
-import argparse
 import copy
 import math
 import os
-import shlex
-import sys
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import p1_vae
-from datasets import (COLOURS, FaceImages, UserError, check_picture_path, draw_pixels, draw_text,
-                      make_grid, new_figure, random_flip, read_image, run_command, save_figure,
-                      save_picture, save_single, split_held_out, to_float)
-from models import (Discriminator, Generator, RunLog, autocast, decode_noise, file_sum, for_training,
-                    load_checkpoint, on_device, pick_device, pick_precision, plain_state, read_log,
-                    resume_run, run_batches, save_checkpoint, to_uint8, update_average, write_log,
-                    write_sum)
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, draw_pixels, draw_text,
+                      make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, run_command,
+                      save_figure, save_picture, save_single, split_held_out, to_float)
+from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise,
+                    file_sum, load_net, on_device, pick_device, read_log, run_batches, to_uint8,
+                    update_average)
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 PROBLEM = 'p2_gan'
-STATE = 'p2_gan (training state)'
+CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
 
 # nets
 NET = dict(latent_dim=128, channels=[48, 96, 192, 384])     # channels at 32, 16, 8 and 4 pixels
@@ -50,7 +43,7 @@ DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
 
 # training
 DEFAULTS = dict(
-    steps=63000,             # of one batch each; --resume with other --steps ends there
+    steps=63000,             # of one batch each
     batch_size=32,           # images; twice the updates of 64 for the same time
     seed=0,
     method='sngan',
@@ -64,13 +57,19 @@ AVERAGE_DECAY = 0.999        # of the average of the generator, per update
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
 SCORED = 1000                # drawn faces in a held-out score
-JUDGE = os.path.join(HERE, 'checkpoints', 'p1_vae.pth')     # its encoder gives the features
+JUDGE = os.path.join(CHECKPOINTS, 'p1_vae.pth')      # problem 1's VAE: its encoder gives the features
 
 # figures
 FACES = 32                   # in the graded picture
 COLUMNS = 8
 WALK_SEED = 6                # picks the noise of fig2_6
-SAMPLES = os.path.join(HERE, 'checkpoints', 'samples.jsonl')       # scores, of tests/benchmark.py
+SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/benchmark.py
+
+
+def constants():
+    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    return dict(NET=NET, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, METHODS=METHODS, PENALTY=PENALTY,
+                AVERAGE_DECAY=AVERAGE_DECAY, SCORED=SCORED)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -178,89 +177,46 @@ def to_unit(images):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    if os.path.isdir(args.ckpt):
-        raise UserError(f'{args.ckpt} is a folder: name a file for --ckpt')
-    base = os.path.splitext(args.ckpt)[0]
-    device = pick_device(args.device)
-    settings, state = resume_run(
-        base + '_last.pth', STATE, args.resume, open_end='steps',
-        given={name: getattr(args, name) for name in DEFAULTS}, defaults=DEFAULTS)
-    steps, batch_size, method = settings['steps'], settings['batch_size'], settings['method']
-    torch.manual_seed(settings['seed'])                                    # the first weights
-    rng = torch.Generator().manual_seed(settings['seed'])                  # batches, flips, noise
+    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or CKPT)
+    settings, device, rng = run.settings, run.device, run.rng
+    method, augmented = settings['method'], settings['augment']
+    norm, rates, betas, generator_every = [
+        METHODS[method][name] for name in ('norm', 'learning_rates', 'betas', 'generator_every')]
     # data
-    judge, judge_sum = p1_vae.load_vae(JUDGE, device)[0], file_sum(JUDGE)
-    if state is not None and state['judge'] != judge_sum:
-        raise UserError(f'{JUDGE} is no longer the file that scored this run: restore that one with '
-                        f'git, or delete {base}_last.pth to start anew')
+    judge = load_net(VAE, JUDGE, 'p1_vae', device)[0]
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     training, held_out = [faces.images[rows] for rows in split_held_out(len(faces.names))]
     if min(len(held_out), len(test.names)) < 2:
         raise UserError('the score needs two held-out and two test faces: add images until there are '
                         '20 training faces and 2 test faces or more')
     # nets
-    config = NET if state is None else state['config']
-    critic = dict(channels=DISCRIMINATOR_CHANNELS, norm=METHODS[method]['norm']) if state is None else \
-        state['discriminator_config']
-    generator = for_training(Generator(**config), device)
-    discriminator = for_training(Discriminator(**critic), device)
-    average = copy.deepcopy(generator).eval()
+    generator = run.keep(generator=Generator(**NET))
+    discriminator = run.keep(discriminator=Discriminator(DISCRIMINATOR_CHANNELS, norm))
+    average = run.keep(average=copy.deepcopy(generator)).eval()
+    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), judge=file_sum(JUDGE))
+    progress = run.keep(progress=[(0, draw_faces(average, COLUMNS, 0, device))])
     # optimizers
     generator_optimizer, discriminator_optimizer = [
-        torch.optim.Adam(net.parameters(), lr=learning_rate, betas=METHODS[method]['betas'])
-        for net, learning_rate in zip((generator, discriminator), METHODS[method]['learning_rates'])]
-    # resume
-    step, seconds, best, chosen, progress = 0, 0.0, float('inf'), None, []
-    if state is not None:
-        step, seconds, best, chosen, progress = [
-            state[name] for name in ('step', 'seconds', 'best', 'chosen', 'progress')]
-        generator.load_state_dict(state['generator'])
-        discriminator.load_state_dict(state['discriminator'])
-        average.load_state_dict(state['average'])
-        generator_optimizer.load_state_dict(state['generator_optimizer'])
-        discriminator_optimizer.load_state_dict(state['discriminator_optimizer'])
-        rng.set_state(state['rng'])
-    precision = pick_precision(device) if state is None else state['precision']
-    command = args.command if state is None else state['command']
-    if step < steps and step % SAVE_EVERY:
-        raise UserError(f'{base}_last.pth ended at step {step}, between two saves: only a run whose '
-                        f'--steps are a multiple of {SAVE_EVERY} can be trained on')
-    other_end = state is not None and steps != state['settings']['steps']
-    if other_end:
-        command += '; ' + args.command
-    if step >= steps:
-        print(f'the run has ended at step {step}: more --steps train it on', flush=True)
-    if state is None and os.path.exists(base + '_last.pth'):
-        os.remove(base + '_last.pth')      # of a finished run: it must not be resumed on a new log
-    log = RunLog(base + '_last.jsonl', step)
-    if state is None:
-        log.add('run', command=command, settings=settings, training_images=len(training),
-                held_out=len(held_out), device=device.type, precision=precision, judge=judge_sum,
-                threads=torch.get_num_threads(), torch=torch.__version__,
-                parameters=sum(parameter.numel() for net in (generator, discriminator)
-                               for parameter in net.parameters()))
-        progress.append((0, draw_faces(average, COLUMNS, 0, device)))
-    elif other_end:
-        log.add('other_end', step=step, steps=steps, command=args.command)
-    start = time.time() - seconds
-    sums, counts = {}, {}                  # of the scalars since the last record
+        torch.optim.Adam(net.parameters(), lr=rate, betas=betas)
+        for net, rate in zip((generator, discriminator), rates)]
+    run.keep(generator_optimizer=generator_optimizer)
+    run.keep(discriminator_optimizer=discriminator_optimizer)
 
     def score(images):
-        with autocast(device, precision):
+        with run.autocast():
             return discriminator(images).float()
 
     # loop
-    for step in range(step + 1, steps + 1):
-        trains_generator, scalars = step % METHODS[method]['generator_every'] == 0, {}
+    for step in run.steps(LOG_EVERY, SAVE_EVERY):
+        trains_generator, scalars = step % generator_every == 0, {}
         # batch
-        rows = torch.randint(len(training), (batch_size,), generator=rng)
+        rows = torch.randint(len(training), (run.batch_size,), generator=rng)
         x = on_device(random_flip(2 * to_float(training[rows]) - 1, rng), device)
-        noise = torch.randn(batch_size, config['latent_dim'], generator=rng).to(device)
+        noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
         # update: discriminator, on augmented real and drawn images
-        with torch.set_grad_enabled(trains_generator), autocast(device, precision):
+        with torch.set_grad_enabled(trains_generator), run.autocast():
             drawn = generator(noise)
-        real, fake = [augment(images, settings['augment'], rng)
-                      for images in (x, drawn.detach().float())]
+        real, fake = [augment(images, augmented, rng) for images in (x, drawn.detach().float())]
         real_score, fake_score = score(real), score(fake)
         loss = discriminator_loss(method, real_score, fake_score)
         if method == 'wgan_gp':
@@ -275,69 +231,31 @@ def train(args):
         # update: generator, through the discriminator as it has become
         if trains_generator:
             discriminator.requires_grad_(False)
-            loss = generator_loss(method, score(augment(drawn.float(), settings['augment'], rng)))
+            loss = generator_loss(method, score(augment(drawn.float(), augmented, rng)))
             generator_optimizer.zero_grad()
             loss.backward()
             discriminator.requires_grad_(True)
-            scalars.update(generator_loss=loss.detach(),
-                           generator_gradient=gradient_norm(generator))
+            scalars.update(generator_loss=loss.detach(), generator_gradient=gradient_norm(generator))
             generator_optimizer.step()
             update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
-        # log: means since the last record
-        for name, value in scalars.items():
-            sums[name], counts[name] = sums.get(name, 0) + value, counts.get(name, 0) + 1
-        if step % LOG_EVERY == 0 or step == steps:
-            means = {name: float(total) / counts[name] for name, total in sums.items()}
-            if not all(math.isfinite(value) for value in means.values()):
-                raise UserError(f'a loss or gradient is not finite at step {step}: the last good save, '
-                                f'if there is one, stays in {base}_last.pth; start anew with another '
-                                '--seed')
-            sums, counts = {}, {}
+        # log and save
+        if run.logs:
             # a large gap between D(held_out) and D(real) says that it knows its images by heart
-            rows = torch.randint(len(held_out), (batch_size,), generator=rng)
+            rows = torch.randint(len(held_out), (run.batch_size,), generator=rng)
             with torch.no_grad():
-                held_out_score = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
-                                               settings['augment'], rng))
-            seconds = time.time() - start
-            speed = step * batch_size / seconds
-            log.add('train', step=step, held_out=held_out_score.mean().item(),
-                    images_per_second=speed, **means)
-            left = int((steps - step) * batch_size / speed)
-            print(f'step {step}/{steps}  D {means["discriminator_loss"]:.3f}  '
-                  f'G {means.get("generator_loss", float("nan")):.3f}  {speed:.0f} images/s  '
-                  f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left', flush=True)
-        # save
-        if step % SAVE_EVERY == 0 or step == steps:
+                scalars['held_out'] = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
+                                                    augmented, rng)).mean()
+        run.log(**scalars)
+        if run.saves:
             found = measure(average, judge, held_out, device)
-            log.add('held_out', step=step, **found)
-            if found['frechet'] < best:
-                best, chosen = found['frechet'], dict(step=step, net=plain_state(average))
+            run.measured(**found)
+            run.choose(found['frechet'], average)
             if step % SAVE_EVERY == 0 and math.log2(step // SAVE_EVERY) % 1 == 0:
                 progress.append((step, draw_faces(average, COLUMNS, 0, device)))
-            save_checkpoint(base + '_last.pth', dict(
-                problem=STATE, step=step, seconds=time.time() - start, best=best, chosen=chosen,
-                progress=progress, config=config, discriminator_config=critic, settings=settings,
-                precision=precision, judge=judge_sum, command=command,
-                generator=generator.state_dict(), average=average.state_dict(),
-                discriminator=discriminator.state_dict(),
-                generator_optimizer=generator_optimizer.state_dict(),
-                discriminator_optimizer=discriminator_optimizer.state_dict(), rng=rng.get_state()))
     # final check from file
-    state = load_checkpoint(base + '_last.pth', STATE)
-    chosen = state['chosen']
-    generator = Generator(**config)
-    generator.load_state_dict(chosen['net'])
-    metrics = dict(images=len(test.names),
-                   **measure(generator.to(device).eval(), judge, test.images, device))
-    log.add('test', step=steps, chosen_step=chosen['step'], **metrics)
-    save_checkpoint(args.ckpt, dict(problem=PROBLEM, step=chosen['step'], config=config,
-                                    net=chosen['net'], settings=settings, metrics=metrics,
-                                    command=command, progress=state['progress'],
-                                    discriminator_config=critic))
-    write_sum(args.ckpt)
-    write_log(base + '.jsonl', read_log(log.path))
-    print('{}: step {}, Frechet distance to the test faces in latent means {frechet:.2f}'.format(
-        args.ckpt, chosen['step'], **metrics))
+    generator = run.from_file(Generator(**NET), 'chosen')
+    run.finish(generator, NET, dict(images=len(test.names), **measure(generator, judge, test.images, device)),
+               progress=progress, discriminator_config=dict(channels=DISCRIMINATOR_CHANNELS, norm=norm))
 
 
 def gradient_norm(net):
@@ -347,12 +265,18 @@ def gradient_norm(net):
 
 # ------------------------------------------------------------------------------------------- infer
 
-def load_generator(path, device):
-    """Return (net in eval() on device, checkpoint) of a checkpoint that train() wrote."""
-    checkpoint = load_checkpoint(path, PROBLEM)
-    generator = Generator(**checkpoint['config'])
-    generator.load_state_dict(checkpoint['net'])
-    return generator.to(device).eval(), checkpoint
+def infer(args):
+    """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
+    if args.n is None:
+        check_out(args.out, PICTURE_ENDINGS)
+    # on the CPU unless asked otherwise: the picture is the same on every machine
+    device = pick_device(args.device or 'cpu')
+    generator = load_net(Generator, args.ckpt or CKPT, PROBLEM, device)[0]
+    images = draw_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
+    if args.n is None:
+        save_picture(args.out, make_grid(images, COLUMNS))
+    else:
+        save_single(args.out, images)
 
 
 def draw_faces(generator, count, seed, device):
@@ -361,28 +285,15 @@ def draw_faces(generator, count, seed, device):
                         device)
 
 
-def infer(args):
-    """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
-    if args.n is None:
-        check_picture_path(args.out)
-    # on the CPU unless asked otherwise: the picture is the same on every machine
-    device = pick_device(args.device or 'cpu')
-    generator = load_generator(args.ckpt, device)[0]
-    images = draw_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
-    if args.n is None:
-        save_picture(args.out, make_grid(images, COLUMNS))
-    else:
-        save_single(args.out, images)
-
-
 # -------------------------------------------------------------------------------------------- plot
 
 def plot(args):
     """Write every figure of the report to --out (figures/) from checkpoints, logs and faces."""
     device = pick_device(args.device or 'cpu')
-    generator, checkpoint = load_generator(args.ckpt, device)
-    judge = p1_vae.load_vae(JUDGE, device)[0]
-    log, scores = read_log(os.path.splitext(args.ckpt)[0] + '.jsonl'), read_log(SAMPLES)
+    ckpt = args.ckpt or CKPT
+    generator, checkpoint = load_net(Generator, ckpt, PROBLEM, device)
+    judge = load_net(VAE, JUDGE, 'p1_vae', device)[0]
+    log, scores = read_log(base_of(ckpt) + '.jsonl'), read_log(SAMPLES)
     if not scores:
         raise UserError(f'{SAMPLES} is empty: restore it with git, or run tests/benchmark.py samples')
     training = FaceImages(args.data_dir, 'train').images
@@ -392,7 +303,7 @@ def plot(args):
               [f'(generator): {generator}', f'(discriminator): {discriminator}'])
     save_picture(os.path.join(args.out, 'fig2_2.png'), make_grid(images, COLUMNS))
     plot_learning_curves(os.path.join(args.out, 'fig2_3.png'), log)
-    plot_comparison(os.path.join(args.out, 'fig2_4.png'), args.ckpt, images, judge, training, scores,
+    plot_comparison(os.path.join(args.out, 'fig2_4.png'), ckpt, images, judge, training, scores,
                     device)
     plot_progress(os.path.join(args.out, 'fig2_5.png'), checkpoint,
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
@@ -451,8 +362,8 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     and their mirror images.
     """
     figure, axes = new_figure(9.6, 9.2, rows=2)
-    both = torch.cat([part for row in range(4) for part in (
-        p1_vae.draw_faces(judge, FACES, 0, device)[4 * row:4 * row + 4], images[4 * row:4 * row + 4])])
+    of_vae = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
+    both = torch.cat([part[4 * row:4 * row + 4] for row in range(4) for part in (of_vae, images)])
     draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
         axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center', fontsize=8)
@@ -532,42 +443,15 @@ def plot_methods(path, scores, real):
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--train', action='store_true', help='train; without a mode: draw faces')
-    mode.add_argument('--plot', action='store_true', help='write the figures')
-    parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ (hw3_data)')
-    parser.add_argument('--out', help='picture or, with --n, folder to write; --plot: figures')
-    parser.add_argument('--ckpt', default=os.path.join(HERE, 'checkpoints', PROBLEM + '.pth'),
-                        help='checkpoint to read, or to write with --train')
-    parser.add_argument('--resume', action='store_true',
-                        help='--train: go on with a stopped run, with more --steps with a finished one')
-    parser.add_argument('--steps', type=int, help=f'training steps ({DEFAULTS["steps"]})')
-    parser.add_argument('--batch_size', type=int,
-                        help=f'images in a training step ({DEFAULTS["batch_size"]})')
-    parser.add_argument('--seed', type=int, help=f'of the noise or the run ({DEFAULTS["seed"]})')
-    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'],
-                        help='auto takes a GPU if there is one (auto for --train, else cpu)')
+    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
+    parser.add_argument('--n', type=int, help='draw so many single images')
     parser.add_argument('--method', choices=sorted(METHODS),
                         help=f'--train: losses and discriminator ({DEFAULTS["method"]})')
     parser.add_argument('--augment', type=float, help='--train: strength of the augmentation, 0 to 1 '
-                        f'({DEFAULTS["augment"]})')
-    parser.add_argument('--n', type=int, help='draw so many single images')
-    args = parser.parse_args(argv)
-    for name in ('steps', 'batch_size', 'n'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1')
+                        f'({DEFAULTS["augment"]:g})')
+    args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.augment is not None and not 0 <= args.augment <= 1:
         parser.error('--augment must lie in 0 .. 1')
-    if args.seed is not None and not 0 <= args.seed < 2 ** 32:
-        parser.error('--seed must lie in 0 .. 4294967295')
-    if args.plot:
-        args.out = args.out or 'figures'
-    elif not args.train and not args.out:
-        parser.error('say --out PICTURE, --train or --plot')
-    words = sys.argv[1:] if argv is None else argv
-    args.command = f'python3 {PROBLEM}.py ' + ' '.join(shlex.quote(word) for word in words)
     return args
 
 

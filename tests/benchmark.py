@@ -29,8 +29,8 @@ import p3_dann                                                                  
 import p4_adda                                                                      # noqa: E402
 from datasets import (SOURCE_OF, FaceImages, augment_digits, list_images, make_grid,    # noqa: E402
                       random_patches, read_images, save_picture, save_single, split_held_out, to_float)
-from models import (VAE, DigitNet, Discriminator, DomainDiscriminator, Generator,      # noqa: E402
-                    GradientReversal, file_sum, load_checkpoint, write_log)
+from models import (DISCRIMINATOR_HIDDEN, VAE, DigitNet, Discriminator, DomainDiscriminator, Generator,      # noqa: E402
+                    GradientReversal, domain_loss, file_sum, load_checkpoint, load_net, write_log)
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 DIGITS = 26032             # images of SVHN's test set
@@ -155,13 +155,13 @@ def plain_gan():
 def plain_dann():
     """Return the training step of p3_dann.py's default setting as a tutorial writes it: fp32, contiguous."""
     net = DigitNet(**p3_dann.NET).train()
-    discriminator = DomainDiscriminator(net.features, p3_dann.DISCRIMINATOR_HIDDEN)
+    discriminator = DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)
     average, rng = copy.deepcopy(net), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(list(net.parameters()) + list(discriminator.parameters()), lr=1e-3)
 
     def step(x, labels, target_x):
         features, target_features = [net.encoder(augment_digits(one, 1.0, rng)) for one in (x, target_x)]
-        domain = p3_dann.domain_loss(*[discriminator(GradientReversal.apply(one, p3_dann.REVERSAL))
+        domain = domain_loss(*[discriminator(GradientReversal.apply(one, p3_dann.REVERSAL))
                                        for one in (features, target_features)])
         loss = (torch.nn.functional.cross_entropy(net.classifier(features), labels) + domain
                 + p3_dann.ENTROPY * p3_dann.conditional_entropy(net.classifier(target_features)))
@@ -176,7 +176,7 @@ def plain_adda():
     """Return the training step of p4_adda.py with all pieces, in the middle of the adaptation, likewise."""
     net = DigitNet(**p4_adda.NET).train()
     source_net, average = copy.deepcopy(net).eval(), copy.deepcopy(net)
-    discriminator = DomainDiscriminator(10 * net.features, p4_adda.DISCRIMINATOR_HIDDEN)
+    discriminator = DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)
     optimizers = [torch.optim.Adam(one.parameters(), lr=1e-3) for one in (net, discriminator)]
     rng = torch.Generator().manual_seed(0)
 
@@ -188,7 +188,7 @@ def plain_adda():
         with torch.no_grad():
             source_features, probabilities = source_net.encoder(x), torch.softmax(average(target_x), 1)
         features = net.encoder(view)
-        domain = p3_dann.domain_loss(judged(source_features), judged(features.detach()))
+        domain = domain_loss(judged(source_features), judged(features.detach()))
         optimizers[1].zero_grad()
         domain.backward()
         optimizers[1].step()
@@ -339,7 +339,7 @@ def samples(args):
     """
     path = os.path.join(CHECKPOINTS, 'samples.jsonl')
     cpu, real = torch.device('cpu'), os.path.join(args.data_dir, 'face')
-    judge = p1_vae.load_vae(p2_gan.JUDGE, cpu)[0]
+    judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
     faces = FaceImages(args.data_dir, 'train').images
     rows, held_out = split_held_out(len(faces))
     training = p2_gan.latent_means(judge, torch.cat([faces[rows], faces[rows].flip(3)]), cpu)

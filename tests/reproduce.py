@@ -56,11 +56,14 @@ def pictures(folder):
 def predictions(folder, data_dir):
     for script, problem in (('hw3_p3.sh', 'p3_dann'), ('hw3_p4.sh', 'p4_adda')):
         for target in ('mnistm', 'svhn', 'usps'):
+            log = os.path.join(ROOT, 'checkpoints', f'{problem}_{target}.jsonl')
+            if not os.path.exists(log):    # its weights are older than the data kit, whose test they must not see
+                continue
+            with open(log) as file:
+                expected = 100 * json.loads(file.readlines()[-1])['accuracy']
             images = os.path.join(data_dir, 'digits', target, 'test')
             seconds = bash(script, images, target, os.path.join(folder, 'pred.csv'))
             found = course_score(os.path.join(folder, 'pred.csv'), images + '.csv')
-            with open(os.path.join(ROOT, 'checkpoints', f'{problem}_{target}.jsonl')) as file:
-                expected = 100 * json.loads(file.readlines()[-1])['accuracy']
             yield (f'bash {script} ... {target}', f'{expected:.2f} %', f'{found:.2f} %',
                    abs(found - expected) <= 0.1, seconds)
 
@@ -71,9 +74,8 @@ def main():
     parser.add_argument('--data_dir', default='hw3_data', help='folder that holds digits/ (hw3_data)')
     parser.add_argument('--unpack', help='unpack.py of the data kit, which writes --data_dir anew')
     args = parser.parse_args()
-    if args.unpack:
-        if subprocess.run([sys.executable, args.unpack, args.data_dir]).returncode:
-            sys.exit(f'{args.unpack} failed, for the reason above: name the unpack.py of the data kit')
+    if args.unpack and subprocess.run([sys.executable, args.unpack, args.data_dir]).returncode:
+        sys.exit(f'{args.unpack} failed, for the reason above: name the unpack.py of the data kit')
     data_dir = os.path.abspath(args.data_dir)
     if not os.path.isdir(os.path.join(data_dir, 'digits')):
         sys.exit(f'there is no {os.path.join(data_dir, "digits")}: name another --data_dir, or --unpack the kit')
@@ -85,7 +87,6 @@ def main():
                 verdict = 'same' if right else 'DIFFERS'
                 wrong += not right
                 print(f'{command:28} {expected:22} {found:24} {verdict:8} {seconds:.1f}', flush=True)
-    print('The svhn folder of the data kit is a drawn stand-in, not SVHN; it is the target of svhn and the source of usps.')
     sys.exit(1 if wrong else 0)
 
 

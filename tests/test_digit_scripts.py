@@ -2,6 +2,10 @@
 import csv
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -134,11 +138,164 @@ def test_more_than_one_chunk_of_images(script, tmp_path):
 def test_file_that_is_no_image_stops_it(script, tmp_path):
     """Its name and the reason on stderr, and no file at OUT, not even a part of one."""
     shutil.copytree(DIGITS, str(tmp_path / 'digits'))
-    for content in (b'', b'no image', open(os.path.join(DIGITS, '00005.png'), 'rb').read()[:200]):
+    with open(os.path.join(DIGITS, '00005.png'), 'rb') as file:
+        start = file.read(200)
+    for content in (b'', b'no image', start):
         (tmp_path / 'digits' / '00005.png').write_bytes(content)
         result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'])
         assert_one_line(result, '00005.png', 'cannot be read as an image')
         assert os.listdir(str(tmp_path)) == ['digits']
+
+
+FAULTS = os.path.join(ROOT, '..', 'shared', 'faults')
+
+
+@pytest.mark.skipif(not os.path.isdir(FAULTS), reason='the inputs that went wrong are not beside the repository')
+@pytest.mark.parametrize('kind', ['black_ink_on_transparent', 'png16_holding_8bit'])
+def test_inputs_that_went_wrong(script, tmp_path, kind):
+    """Every digit was labelled 1; now as the picture on white paper, or that of 8 bits, is."""
+    folder = os.path.join(FAULTS, kind)
+    (tmp_path / 'plain').mkdir()
+    for name in os.listdir(folder):
+        with Image.open(os.path.join(folder, name)) as image:
+            if image.mode == 'RGBA':
+                plain = Image.new('RGBA', image.size, 'white')
+                plain.alpha_composite(image)
+            else:
+                plain = Image.fromarray(np.asarray(image).astype(np.uint8))
+            plain.convert('RGB').save(str(tmp_path / 'plain' / name))
+    rows = script.label(folder, tmp_path / 'pred.csv')
+    assert rows == script.label(tmp_path / 'plain', tmp_path / 'plain.csv')
+    assert len({label for _, label in rows}) > 1
+
+
+@pytest.mark.parametrize('how', ['turned', 'dark ink', '16 bits holding 8', '16 bits', 'float'])
+def test_same_digits_stored_otherwise(script, tmp_path, how):
+    """What a viewer shows alike is labelled alike."""
+    (tmp_path / 'other').mkdir()
+    for name in sorted(os.listdir(DIGITS)):
+        with Image.open(os.path.join(DIGITS, name)) as image:
+            grey, options, path = image.convert('L'), {}, str(tmp_path / 'other' / name)
+        if how == 'turned':
+            options['exif'] = Image.Exif()
+            options['exif'][274] = 6
+            stored = grey.transpose(Image.ROTATE_90)
+        elif how == 'dark ink':
+            stored = Image.merge('LA', [Image.new('L', grey.size), grey.point(lambda value: 255 - value)])
+        else:
+            values = np.asarray(grey)
+            stored = Image.fromarray({
+                '16 bits': values.astype(np.uint16) * 257, '16 bits holding 8': values.astype(np.uint16),
+                'float': values.astype(np.float32) / 255}[how])
+            path = path.replace('.png', '.tif') if how == 'float' else path
+        stored.save(path, **options)
+        os.rename(path, path.replace('.tif', '.png'))
+    (tmp_path / 'grey').mkdir()
+    for name in os.listdir(DIGITS):
+        with Image.open(os.path.join(DIGITS, name)) as image:
+            image.convert('L').save(str(tmp_path / 'grey' / name))
+    assert script.label(tmp_path / 'other', tmp_path / 'a.csv') == script.label(tmp_path / 'grey', tmp_path / 'b.csv')
+
+
+def test_pictures_of_a_single_colour_are_named(script, tmp_path):
+    shutil.copytree(DIGITS, str(tmp_path / 'digits'))
+    for name in ('00004.png', '00007.png'):
+        Image.new('RGB', (28, 28), (0, 0, 200)).save(str(tmp_path / 'digits' / name))
+    result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'])
+    assert result.returncode == 0 and len(read(str(tmp_path / 'pred.csv'))) == 12
+    assert_one_line(result, '00004.png has a single colour', '2 such of 12', code=0)
+
+
+def test_pipe_among_the_images(script, tmp_path):
+    shutil.copytree(DIGITS, str(tmp_path / 'digits'))
+    os.mkfifo(str(tmp_path / 'digits' / 'x.png'))
+    result = run(['bash', script.path, tmp_path / 'digits', 'usps', tmp_path / 'pred.csv'], timeout=60)
+    assert_one_line(result, 'x.png is a pipe or a device')
+    assert os.listdir(str(tmp_path)) == ['digits']
+
+
+def test_output_into_a_pipe(script, tmp_path):
+    result = run(['bash', '-c', f'bash "{script.path}" "{DIGITS}" usps /dev/stdout | cat; exit ${{PIPESTATUS[0]}}'])
+    assert_one_line(result, '/dev/stdout is a device or a pipe')
+    assert result.stdout == ''
+
+
+def many(folder, count, **others):
+    """Links to the digits of the repository, and beside them files of one content each."""
+    folder.mkdir()
+    for index in range(count):
+        os.symlink(os.path.join(DIGITS, f'{index % 12:05d}.png'), str(folder / f'{index:05d}.png'))
+    for name, content in others.items():
+        (folder / f'{name}.png').write_bytes(content)
+    return folder
+
+
+def processes_of(group):
+    """The processes of a process group that are still there, zombies too."""
+    return [line for line in run(['ps', '-e', '-o', 'pgid=,stat=,args=']).stdout.split('\n')
+            if line.split()[:1] == [str(group)]]
+
+
+def test_broken_image_ends_all_processes(script, tmp_path):
+    folder = many(tmp_path / 'many', 2000, x=b'no image')
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']
+    process = subprocess.Popen(['bash', script.path, str(folder), 'usps', str(tmp_path / 'pred.csv')],
+                               env=dict(os.environ, PATH=path),
+                               stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and 'x.png cannot be read as an image' in stderr and stderr.count('\n') == 1
+    assert processes_of(process.pid) == [] and os.listdir(str(tmp_path)) == ['many']
+
+
+def test_keyboard_ends_all_processes_in_one_line(script, tmp_path):
+    """Ctrl-C reaches every process of the group, as from a terminal."""
+    folder = many(tmp_path / 'many', 60000)
+    process = subprocess.Popen([sys.executable, script.program, '--images', str(folder), '--target', 'usps', '--out',
+                                str(tmp_path / 'pred.csv')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               universal_newlines=True, start_new_session=True)
+    assert 'of 60,000 images' in process.stdout.readline()         # it labels
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and stderr == script.problem + '.py: stopped by the keyboard\n'
+    assert processes_of(process.pid) == [] and os.listdir(str(tmp_path)) == ['many']
+
+
+def test_killed_process_leaves_none_behind(script, tmp_path):
+    """kill -9 of the first process: the others end by themselves."""
+    folder = many(tmp_path / 'many', 60000)
+    process = subprocess.Popen([sys.executable, script.program, '--images', str(folder), '--target', 'usps', '--out',
+                                str(tmp_path / 'pred.csv')], stdout=subprocess.PIPE, universal_newlines=True,
+                               start_new_session=True)
+    assert 'of 60,000 images' in process.stdout.readline()
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        if not processes_of(process.pid):
+            break
+        time.sleep(0.1)
+    assert processes_of(process.pid) == [] and os.listdir(str(tmp_path)) == ['many']
+
+
+def test_labels_do_not_depend_on_the_number_of_processes(script, tmp_path):
+    folder = many(tmp_path / 'many', 700)
+    labels = []
+    for count in (1, 2, 7):
+        code = (f'import sys; sys.path.insert(0, {ROOT!r}); import os; os.sched_getaffinity = lambda pid: '
+                f'range({count}); import {script.problem} as program; program.main()')
+        result = run(['python3', '-c', code, '--images', folder, '--target', 'usps', '--out', tmp_path / 'pred.csv'])
+        assert result.returncode == 0, result.stderr
+        labels.append((tmp_path / 'pred.csv').read_bytes())
+    assert labels[0] == labels[1] == labels[2] and labels[0].count(b'\n') == 701
+
+
+def test_out_of_memory(script, tmp_path):
+    """Of the net, in whichever process: one line that names the flag."""
+    folder = many(tmp_path / 'many', 600)
+    code = (f'import sys; sys.path.insert(0, {ROOT!r}); import torch, models, {script.problem} as program; '
+            'models.DigitNet.forward = lambda net, x: torch.zeros(len(x), 10 ** 13); program.main()')
+    result = run(['python3', '-c', code, '--images', folder, '--target', 'usps', '--out', tmp_path / 'pred.csv'])
+    assert_one_line(result, 'not enough memory', '--batch_size')
+    assert not (tmp_path / 'pred.csv').exists()
 
 
 def test_link_to_nothing_is_not_left_out(script, tmp_path):
@@ -220,12 +377,14 @@ def test_checkpoints_are_small_and_of_their_target(script):
 
 @pytest.mark.parametrize('ckpt,words', [
     ('none.pth', ['none.pth', 'there is no checkpoint']), ('torn.pth', ['torn.pth', 'torn']),
-    ('other.pth', ['other.pth', 'p9_other'])])
+    ('other.pth', ['other.pth', 'p9_other']), ('no_target.pth', ['no_target.pth', 'was trained for None'])])
 def test_bad_checkpoints(script, tmp_path, ckpt, words):
-    from models import save_checkpoint
+    from models import load_checkpoint, save_checkpoint
     with open(script.checkpoint('usps'), 'rb') as file:
         (tmp_path / 'torn.pth').write_bytes(file.read(100000))
     save_checkpoint(str(tmp_path / 'other.pth'), dict(problem='p9_other'))
+    save_checkpoint(str(tmp_path / 'no_target.pth'), dict(load_checkpoint(script.checkpoint('usps'), script.problem),
+                                                          settings={}))
     result = run(['python3', script.program, '--images', DIGITS, '--target', 'usps', '--out', 'x.csv',
                   '--ckpt', ckpt], cwd=tmp_path)
     assert_one_line(result, *words)

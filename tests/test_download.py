@@ -1,5 +1,8 @@
 """How a script comes by its checkpoint: the real wget against a real HTTP server on loopback."""
 import os
+import ssl
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
@@ -160,7 +163,7 @@ def test_checkpoints_cannot_be_written(copy_of_project, server):
 
 @pytest.mark.parametrize('url,words', [
     ('', ['no address is known']),
-    ('http://127.0.0.1:9/refused', ['127.0.0.1:9']),
+    ('http://127.0.0.1:9/refused', ['127.0.0.1:9', 'wget says 4', '4: no network']),
     ('not a url', ['not a url'])])
 def test_no_server(copy_of_project, url, words):
     (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
@@ -168,6 +171,62 @@ def test_no_server(copy_of_project, url, words):
     assert_one_line(result, 'p1_vae.pth', 'CHECKPOINT_URL', 'checkpoints/URL', *words)
     assert not (copy_of_project / 'out.png').exists()
     assert not (copy_of_project / 'checkpoints' / 'p1_vae.pth').exists()
+
+
+def without(tmp_path, *commands):
+    """A folder of links to everything on the PATH but these commands."""
+    folder = tmp_path / 'path'
+    folder.mkdir()
+    for place in [os.path.dirname(sys.executable)] + os.environ['PATH'].split(os.pathsep):
+        for name in os.listdir(place) if os.path.isdir(place) else ():
+            if name not in commands and not os.path.lexists(str(folder / name)):
+                os.symlink(os.path.join(place, name), str(folder / name))
+    # a virtual environment is found by the place of its python3
+    for name in ('python', 'python3'):
+        (folder / name).unlink()
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+def test_system_without_sha256sum_and_gnu_readlink(copy_of_project, server, tmp_path):
+    """As an older macOS: a good checkpoint is good, a damaged one is fetched, through a link too."""
+    path = without(tmp_path, 'sha256sum', 'shasum', 'readlink', 'realpath')
+    os.symlink(str(copy_of_project / 'hw3_p1.sh'), str(tmp_path / 'link.sh'))
+    for spoil in (False, True):
+        if spoil:
+            (copy_of_project / 'checkpoints' / 'p1_vae.pth').write_bytes(GOOD[:1000])
+        environment = dict(os.environ, PATH=path, CHECKPOINT_URL=server.url + '/good', no_proxy='127.0.0.1')
+        result = subprocess.run(['bash', str(tmp_path / 'link.sh'), str(tmp_path / 'out.png')], stderr=subprocess.PIPE,
+                                env=environment)
+        assert result.returncode == 0, result.stderr
+        assert len(server.requests) == spoil
+
+
+def test_no_wget(copy_of_project, tmp_path):
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    result = subprocess.run(['bash', str(copy_of_project / 'hw3_p1.sh'), str(tmp_path / 'out.png')],
+                            env=dict(os.environ, PATH=without(tmp_path, 'wget'), CHECKPOINT_URL='http://127.0.0.1:9/x'),
+                            stderr=subprocess.PIPE, universal_newlines=True)
+    assert_one_line(result, 'wget says 127', '127: no wget')
+
+
+def test_certificate_that_is_not_trusted(copy_of_project, tmp_path):
+    """wget's other exit codes are explained too; the server has a certificate of its own making."""
+    key, made = str(tmp_path / 'key.pem'), ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2']
+    if run(made + ['-subj', '/CN=127.0.0.1', '-keyout', key, '-out', key + '.crt']).returncode:
+        pytest.skip('this machine has no openssl to make a certificate with')
+    server = Server(('127.0.0.1', 0), Handler)
+    server.requests = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(key + '.crt', key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (copy_of_project / 'checkpoints' / 'p1_vae.pth').unlink()
+    result = draw(copy_of_project, f'https://127.0.0.1:{server.server_port}/good')
+    server.shutdown()
+    server.server_close()
+    assert_one_line(result, 'wget says 5', '5: its certificate is not trusted')
 
 
 def test_not_found(copy_of_project, server):

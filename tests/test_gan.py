@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import p2_gan
-from models import Discriminator, Generator
+from models import VAE, Discriminator, Generator, load_net
 
 SMALL = [4, 6, 8, 10]
 
@@ -184,8 +184,8 @@ def test_frechet_distance_against_scipy():
 def test_held_out_score_is_worse_for_worse_faces():
     """Of the shipped generator: its own noise scores better than noise that is too small."""
     cpu = torch.device('cpu')
-    generator = p2_gan.load_generator(os.path.join(ROOT, 'checkpoints', 'p2_gan.pth'), cpu)[0]
-    judge = p2_gan.p1_vae.load_vae(p2_gan.JUDGE, cpu)[0]
+    generator = load_net(Generator, os.path.join(ROOT, 'checkpoints', 'p2_gan.pth'), 'p2_gan', cpu)[0]
+    judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
     images = p2_gan.draw_faces(generator, 200, 5, cpu)
     good = p2_gan.measure(generator, judge, images, cpu)['frechet']
     assert good == p2_gan.measure(generator, judge, images, cpu)['frechet']
