@@ -557,6 +557,11 @@ def of_seed_0(records):
     return [record for record in records if record['seed'] == 0]
 
 
+def with_other_accuracy(records, name):
+    """Return the records of runs with another of their measured accuracies in place of the last one."""
+    return [dict(record, accuracy=record[name]) for record in records]
+
+
 def plot_table(base, title, rows, asked=0):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 

@@ -184,12 +184,12 @@ def plot(args):
     device = pick_device(args.device or 'cpu')
     ckpt = args.ckpt or CKPT
     vae = load_net(VAE, ckpt, PROBLEM, device)[0]
-    log, test = read_log(base_of(ckpt) + '.jsonl'), FaceImages(args.data_dir, 'test')
-    linear = read_log(LINEAR_CODE)
+    test = FaceImages(args.data_dir, 'test')
     has_attribute = test.attribute(args.attribute)
     if len(test.names) < 10 or has_attribute.all() or not has_attribute.any():
         raise UserError(f'the figures need ten test faces, some of them with {args.attribute} and some '
                         'without: choose another --attribute, or add images')
+    log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     means = run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, test.images)
     draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
               [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])

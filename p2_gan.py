@@ -352,7 +352,7 @@ def score_of(path, scores):
     found = [record for record in scores if record.get('sha256') == file_sum(path)]
     if not found:
         return 'not scored'
-    return 'detected {detected:.3f}, frechet {frechet:.1f}, nearest {nearest:.3f}'.format(**found[0])
+    return 'clear {clear:.3f}, frechet {frechet:.1f}, nearest {nearest:.3f}'.format(**found[0])
 
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
@@ -427,7 +427,7 @@ def plot_methods(path, scores, real):
          else make_grid(real, COLUMNS))[:-2] for record in scores])
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (255, 'right', 'images seen', '{images:,}'),
-               (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'detected', '{detected:.3f}'),
+               (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'clear', '{clear:.3f}'),
                (515, 'right', 'frechet', '{frechet:.1f}'), (595, 'right', 'nearest', '{nearest:.3f}'))
     figure, axes = new_figure(12.5, 0.72 * len(scores) + 0.9)
     draw_pixels(axes, np.concatenate([np.full((len(strips), 610, 3), 255, np.uint8), strips], 1))
@@ -436,7 +436,7 @@ def plot_methods(path, scores, real):
         for index, record in enumerate(scores):
             text = form.format(**record) if record['images'] or title != 'images seen' else ''
             axes.text(x, 35 + 66 * index, text, ha=side, va='center', fontsize=9)
-    axes.set_title('1,000 drawn faces of each against the 1,000 test faces', fontsize=11, pad=22)
+    axes.set_title('1,000 drawn faces of each against test faces', fontsize=11, pad=22)
     save_figure(path, figure)
 
 

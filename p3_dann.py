@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, draw_text,
                       new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
                       plot_features, plot_mistakes, plot_table, read_digits, read_scenario, run_command, save_figure,
-                      scenario_name, split_held_out, to_float, write_predictions)
+                      scenario_name, split_held_out, to_float, with_other_accuracy, write_predictions)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, accuracy,
                     base_of, cosine_rate, digit_runs, domain_accuracy, domain_loss,
                     label_folder, load_net, on_device, pick_device, probabilities_of, read_log, rows_of,
@@ -210,11 +210,11 @@ def plot(args):
     lower, dann, upper = [found.get(name, []) for name in ('source', DEFAULTS['setting'], 'target')]
     rows = [('lower bound: source only', lower), ('DANN + entropy', dann), ('upper bound: target only', upper),
             ('DANN + entropy, shipped: seed 0', of_seed_0(dann)), ('DANN', found.get('dann', [])),
-            ('lower bound, target statistics', with_target_statistics(lower))]
+            ('lower bound, target statistics', with_other_accuracy(lower, 'adabn_accuracy'))]
     for label, name in (('lower bound', 'source'), ('DANN + entropy', 'dann_entropy')):
         rows.append((f'{label}, not augmented', found.get(f'{name}_not_augmented', [])))
     rows.append(('lower bound, not augmented, target statistics',
-                 with_target_statistics(found.get('source_not_augmented', []))))
+                 with_other_accuracy(found.get('source_not_augmented', []), 'adabn_accuracy')))
     plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', rows, asked=3)
     curves, predicted = {}, {}
     for target, source in sorted(SOURCE_OF.items()):
@@ -237,33 +237,21 @@ def plot(args):
     print(f'twelve figures and tables are in {args.out}')
 
 
-def with_target_statistics(records):
-    """Return lower bounds as the target's batch statistics, without any other adaptation, make them."""
-    return [dict(record, accuracy=record['adabn_accuracy']) for record in records]
-
-
 def plot_learning_curves(path, curves):
-    """fig3_6: the losses, the discriminator's accuracy and source accuracy of the shipped runs."""
-    figure, axes = new_figure(10, 7, rows=2, columns=2)
-    axes = axes.flatten()
-    for colour, (title, log) in zip(COLOURS, curves.items()):
-        for one, name in zip(axes, ('label_loss', 'entropy', 'domain_accuracy')):
+    """fig3_6: label loss, the discriminator's accuracy and the entropy of target predictions."""
+    figure, axes = new_figure(6.5, 2.4, columns=3)
+    for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'entropy')):
+        for colour, (title, log) in zip(COLOURS, curves.items()):
             points = [(record['step'], record[name]) for record in log if name in record]
             one.plot(*zip(*points), color=colour, linewidth=0.9, label=title)
-        records = [record for record in log if record['kind'] == 'held_out']
-        axes[3].plot([record['step'] for record in records],
-                     [100 * record['accuracy'] for record in records], 'o-', color=colour, label=title,
-                     markersize=3)
-    axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
-                yscale='log')
-    axes[1].set(title='Entropy of predictions for augmented target images', ylabel='entropy (nats)')
-    axes[2].set(title='Accuracy of the domain discriminator', ylabel='share of images told apart')
-    axes[2].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[3].set(title='Held-out source images, target statistics', ylabel='accuracy (%)')
-    for one in axes:
-        one.set_xlabel('training step')
+        one.set_xlabel('training step', fontsize=7)
+        one.tick_params(labelsize=7)
         one.grid(True, alpha=0.25)
-        one.legend(fontsize=8)
+    axes[0].set_yscale('log')
+    axes[0].set_title('Label loss of source images (nats)', fontsize=8)
+    axes[1].set_title('Accuracy of the discriminator', fontsize=8)
+    axes[2].set_title('Entropy of target predictions (nats)', fontsize=8)
+    axes[2].legend(fontsize=7)
     save_figure(path, figure)
 
 

@@ -33,7 +33,6 @@ settings, seen in a confusion matrix of test images, led to this form of diversi
 """
 import copy
 import itertools
-import math
 import os
 
 import torch
@@ -42,10 +41,10 @@ import torch.nn.functional as F
 from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, draw_text,
                       new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
                       plot_features, plot_mistakes, plot_table, random_patches, read_digits, read_scenario, run_command,
-                      save_figure, scenario_name, split_held_out, to_float, write_predictions)
+                      save_figure, scenario_name, split_held_out, to_float, with_other_accuracy, write_predictions)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, accuracy, base_of,
                     cosine_rate, digit_runs, domain_accuracy, domain_loss, label_folder,
-                    load_net, on_device, pick_device, probabilities_of, read_log, rows_of, run_batches,
+                    load_net, measure_digits, on_device, pick_device, probabilities_of, read_log, rows_of, run_batches,
                     run_path, take_step, update_average, with_statistics)
 
 PROBLEM = 'p4_adda'
@@ -137,17 +136,6 @@ def diversified(probabilities, shares):
     return adjusted / adjusted.sum(1, keepdim=True)
 
 
-def nuclear_norm(probabilities):
-    """Nuclear norm of probabilities (N, 10), scaled so that it is at most 1: high if sure and diverse.
-
-    It judges predictions without labels, and likes even shares best; it is nan for a net that diverged.
-    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
-    """
-    if not torch.isfinite(probabilities).all():
-        return math.nan
-    return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
-
-
 def taught(teacher, images, shares):
     """Return the probabilities (N, 10) that the teacher gives to float images, with the statistics of their batch.
 
@@ -166,19 +154,6 @@ def learning_rate_at(step, first, steps):
     """Learning rate at a step: one schedule for the source's part, which ends at first, and one for the rest."""
     part = (step, first) if step <= first else (step - first, steps - first)
     return cosine_rate(*part, peak=LEARNING_RATE, warm_up=LEARNING_RATE_WARM_UP)
-
-
-def measure(net, source, held_out, watched, device):
-    """Measure a net in eval() on held-out images of the source's DigitImages and on watched ones of the target.
-
-    Returns a dict: accuracy on the former; without labels of the latter, uint8 images, the share of which it is
-    confident, the nuclear norm and the shares of the ten digits as it names them.
-    """
-    probabilities = probabilities_of(net, watched, device)
-    return dict(accuracy=accuracy(net, source.images[held_out], source.labels[held_out], device),
-                confident_share=(probabilities.max(1)[0] >= CONFIDENT).float().mean().item(),
-                nuclear_norm=nuclear_norm(probabilities),
-                predicted_shares=[(probabilities.argmax(1) == digit).float().mean().item() for digit in range(10)])
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -282,8 +257,8 @@ def train_run(run, data_dir):
         # log and save
         run.log(**scalars, learning_rate=learning_rate)
         if run.saves:
-            run.measured(**measure(with_statistics(average, seen, device), source, held_out, unlabelled[watched],
-                                   device))
+            run.measured(**measure_digits(with_statistics(average, seen, device), source.images[held_out],
+                                          source.labels[held_out], unlabelled[watched], device))
     # final check from file; source_net is what adaptation began with
     before, net = [with_statistics(run.from_file(DigitNet(**config), name), seen, device)
                    for name in ('source_net', 'average')]
@@ -332,9 +307,9 @@ def plot(args):
     plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
         ('lower bound: source only', lower), ('DANN + entropy', dann), ('improved ADDA', improved),
         ('upper bound: target only', upper), ('improved ADDA, shipped: seed 0', of_seed_0(improved)),
-        ('improved ADDA, before adaptation', before_adaptation(improved)),
+        ('improved ADDA, before adaptation', with_other_accuracy(improved, 'unadapted_accuracy')),
         ('improved ADDA, no discriminator', control), ('plain ADDA', plain),
-        ('plain ADDA, before adaptation', before_adaptation(plain))], asked=4)
+        ('plain ADDA, before adaptation', with_other_accuracy(plain, 'unadapted_accuracy'))], asked=4)
     curves, of_improved, of_plain = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):
         title = scenario_name(target)
@@ -359,33 +334,25 @@ def plot(args):
     print(f'eleven figures and tables are in {args.out}')
 
 
-def before_adaptation(records):
-    """Return these runs as the source's part leaves them, with the target's batch statistics."""
-    return [dict(record, accuracy=record['unadapted_accuracy']) for record in records]
-
-
 def plot_learning_curves(path, curves):
-    """fig4_4: label loss, the discriminator's accuracy and the share of confident target images."""
-    figure, axes = new_figure(13, 3.8, columns=3)
-    for colour, (title, log) in zip(COLOURS, curves.items()):
-        for one, name in ((axes[0], 'label_loss'), (axes[1], 'domain_accuracy')):
+    """fig4_4: label loss, the discriminator's accuracy and the share of target images whose labels count."""
+    figure, axes = new_figure(6.5, 2.4, columns=3)
+    for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'confident_share')):
+        for colour, (title, log) in zip(COLOURS, curves.items()):
             points = [(record['step'], record[name]) for record in log if name in record]
             one.plot(*zip(*points), color=colour, linewidth=0.9, label=title)
-        points = [(record['step'], 100 * record['confident_share']) for record in log
-                  if record['kind'] == 'held_out']
-        axes[2].plot(*zip(*points), 'o-', color=colour, label=title, markersize=3)
-        steps = log[-1]['step']
-    axes[0].set(title='Label loss of augmented source images', ylabel='cross-entropy (nats)',
-                yscale='log')
-    axes[1].set(title='Accuracy of the domain discriminator', ylabel='share of images told apart')
-    axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8)
-    axes[2].set(title=f'Held-out target images, probability >= {CONFIDENT}', ylabel='share (%)')
-    for one in axes:
+            steps = log[-1]['step']
         for step in (steps // 10, steps - steps // 5):     # adaptation and self-training begin
             one.axvline(step, color=COLOURS[6], linewidth=0.8, linestyle='--')
-        one.set(xlabel='training step', xlim=(0, steps))
+        one.set_xlabel('training step', fontsize=7)
+        one.tick_params(labelsize=7)
         one.grid(True, alpha=0.25)
-        one.legend(fontsize=8)
+        one.set(xlim=(0, steps))
+    axes[0].set_yscale('log')
+    axes[0].set_title('Label loss of source images (nats)', fontsize=8)
+    axes[1].set_title('Accuracy of the discriminator', fontsize=8)
+    axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)', fontsize=8)
+    axes[2].legend(fontsize=7, loc='lower right')
     save_figure(path, figure)
 
 
@@ -395,7 +362,7 @@ def plot_ablation(path, ours, lower, upper):
     ours is a list of (label, records of the results log), lower and upper are the bounds' records.
     """
     labels = [label for label, _ in ours]
-    figure, all_axes = new_figure(13, 4.2, columns=3)
+    figure, all_axes = new_figure(6.5, 3.2, columns=3)
     for axes, (target, source) in zip(all_axes, sorted(SOURCE_OF.items())):
         def values(records, wanted=(target, source, 0)):
             return [100 * record['accuracy'] for record in records
@@ -404,16 +371,18 @@ def plot_ablation(path, ours, lower, upper):
         for row, (_, records) in enumerate(ours):
             for value in values(records):
                 axes.barh(row, value, color=COLOURS[4 if row < len(ROWS) else 8])
-                axes.text(111, row, f'{value:.1f}', ha='right', va='center', fontsize=9)
+                axes.text(101, row, f'{value:.1f}', ha='right', va='center', fontsize=7)
             if not values(records):
-                axes.text(2, row, 'not trained', va='center', fontsize=9)
+                axes.text(2, row, 'not trained', va='center', fontsize=7)
         for colour, name, records in ((COLOURS[1], 'lower bound', lower), (COLOURS[2], 'upper bound', upper)):
             for value in values(records):
                 axes.axvline(value, color=colour, linewidth=1.2, label=f'{name} ({value:.1f})')
-        axes.set(title=scenario_name(target), xlim=(0, 112),
-                 ylim=(len(labels) + 0.7, -0.6), xlabel='target test accuracy (%), seed 0',
-                 yticks=range(len(labels)), yticklabels=labels if axes is all_axes[0] else [])
-        axes.legend(fontsize=8, loc='lower center', ncol=2, framealpha=1)
+        axes.set(xlim=(0, 102), ylim=(len(labels) + 1.6, -0.6), yticks=range(len(labels)))
+        axes.set_yticklabels(labels if axes is all_axes[0] else [])
+        axes.tick_params(labelsize=7)
+        axes.set_title(scenario_name(target), fontsize=8)
+        axes.set_xlabel('test accuracy (%), seed 0', fontsize=7)
+        axes.legend(fontsize=7, loc='lower center', framealpha=1)
     save_figure(path, figure)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import p4_adda
 from datasets import augment_digits, random_patches
+from models import nuclear_norm
 
 
 def test_discriminator_sees_products_of_features_and_probabilities():
@@ -57,15 +58,15 @@ def test_diversity_gives_to_rare_classes_alone():
 
 def test_nuclear_norm_is_highest_for_sure_and_even_predictions():
     even = torch.eye(10).repeat(5, 1)
-    assert p4_adda.nuclear_norm(even) == pytest.approx(1)
-    assert p4_adda.nuclear_norm(torch.full((50, 10), 0.1)) == pytest.approx(0.1)
+    assert nuclear_norm(even) == pytest.approx(1)
+    assert nuclear_norm(torch.full((50, 10), 0.1)) == pytest.approx(0.1)
     collapsed = torch.zeros(50, 10)
     collapsed[:, 3] = 1
-    assert p4_adda.nuclear_norm(collapsed) == pytest.approx(0.1 ** 0.5)
-    assert np.isnan(p4_adda.nuclear_norm(torch.full((50, 10), float('nan'))))
+    assert nuclear_norm(collapsed) == pytest.approx(0.1 ** 0.5)
+    assert np.isnan(nuclear_norm(torch.full((50, 10), float('nan'))))
     halves = torch.softmax(torch.randn(50, 10), 1)
     values = np.linalg.svd(halves.numpy(), compute_uv=False)
-    assert p4_adda.nuclear_norm(halves) == pytest.approx(values.sum() / 500 ** 0.5, rel=1e-5)
+    assert nuclear_norm(halves) == pytest.approx(values.sum() / 500 ** 0.5, rel=1e-5)
 
 
 def test_learning_rate_has_a_schedule_for_either_part():

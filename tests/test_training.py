@@ -99,6 +99,12 @@ def trainer(request):
     return Trainer(request.param)
 
 
+@pytest.fixture(params=['p1_vae', 'p4_adda'])
+def framed(request):
+    """Of what models.Run does for all programs alike, one that draws faces and one that reads digits are tried."""
+    return Trainer(request.param)
+
+
 @pytest.fixture(scope='module')
 def unbroken(trainer, data_dir, tmp_path_factory):
     """A run of thirty steps that nobody stopped."""
@@ -207,38 +213,38 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(trainer, data_dir, tmp_pa
     assert load_checkpoint(str(ckpt), trainer.name)['command'].endswith('--steps 30')
 
 
-def test_stopped_run_leaves_the_old_checkpoint_and_its_log_alone(trainer, data_dir, tmp_path):
+def test_stopped_run_leaves_the_old_checkpoint_and_its_log_alone(framed, data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
     for name in ('run.pth', 'run.jsonl', 'SHA256SUMS'):
         (tmp_path / name).write_text('old')
-    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'))
+    framed.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'))
     for name in ('run.pth', 'run.jsonl', 'SHA256SUMS'):
         assert (tmp_path / name).read_text() == 'old'
 
 
-def test_killed_while_saving(trainer, data_dir, tmp_path):
+def test_killed_while_saving(framed, data_dir, tmp_path):
     """The temporary file is there, so the kill falls into a save: the save before it still loads."""
     ckpt = tmp_path / 'run.pth'
     state = tmp_path / 'run_last.pth'
     for _ in range(3):
-        trainer.kill_when(lambda: state.exists() and glob.glob(str(tmp_path / '.*run_last.pth')),
+        framed.kill_when(lambda: state.exists() and glob.glob(str(tmp_path / '.*run_last.pth')),
                   (data_dir, ckpt, '--steps', '5000', '--resume'), every=1)
-        assert trainer.state(ckpt)['step'] >= 1
+        assert framed.state(ckpt)['step'] >= 1
     assert not ckpt.exists()
-    before = trainer.state(ckpt)['step']
-    trainer.kill_when(lambda: trainer.state(ckpt)['step'] > before,
+    before = framed.state(ckpt)['step']
+    framed.kill_when(lambda: framed.state(ckpt)['step'] > before,
               (data_dir, ckpt, '--resume'), every=1)
     assert len(glob.glob(str(tmp_path / '.*'))) <= 1             # leftovers of kills do not pile up
 
 
-def test_resume_needs_no_run_and_finishes_a_finished_one(trainer, data_dir, tmp_path):
+def test_resume_needs_no_run_and_finishes_a_finished_one(framed, data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
-    result = trainer.train(data_dir, ckpt, '--steps', '2', '--resume')
+    result = framed.train(data_dir, ckpt, '--steps', '2', '--resume')
     assert result.returncode == 0 and 'starting a new run' in result.stdout
-    first = trainer.weights(ckpt)
+    first = framed.weights(ckpt)
     ckpt.unlink()
-    assert trainer.train(data_dir, ckpt, '--resume').returncode == 0
-    assert same(first, trainer.weights(ckpt))
+    assert framed.train(data_dir, ckpt, '--resume').returncode == 0
+    assert same(first, framed.weights(ckpt))
     assert len(records(ckpt, 'test')) == 1
 
 
@@ -254,59 +260,60 @@ def test_new_run_over_a_finished_one_is_never_taken_for_it(data_dir, tmp_path):
     assert len(records(ckpt, 'train')) == 3
 
 
-def test_run_leaves_the_saves_of_a_run_beside_it_alone(trainer, data_dir, tmp_path):
+def test_run_leaves_the_saves_of_a_run_beside_it_alone(framed, data_dir, tmp_path):
     (tmp_path / '.123.run_b_last.pth').write_text('another run is writing this')
     (tmp_path / '.123.run_last.pth').write_text('a leftover')
-    assert trainer.train(data_dir, tmp_path / 'run.pth', '--steps', '1').returncode == 0
+    assert framed.train(data_dir, tmp_path / 'run.pth', '--steps', '1').returncode == 0
     assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.123.run_b_last.pth')]
 
 
-def test_unfinished_run_is_not_overwritten(trainer, data_dir, tmp_path):
+def test_unfinished_run_is_not_overwritten(framed, data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
-    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
-    assert_one_line(trainer.train(data_dir, ckpt, '--steps', '2000'), 'add --resume')
-    assert_one_line(trainer.train(data_dir, ckpt, '--resume', '--seed', '5'), '--seed 0')
+    framed.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
+    assert_one_line(framed.train(data_dir, ckpt, '--steps', '2000'), 'add --resume')
+    assert_one_line(framed.train(data_dir, ckpt, '--resume', '--seed', '5'), '--seed 0')
 
 
-def test_resume_with_other_data(trainer, own_data_dir, tmp_path):
+def test_resume_with_other_data(framed, own_data_dir, tmp_path):
     """Another number of images is another data folder."""
-    ckpt, kind = tmp_path / 'run.pth', 'digits/usps' if trainer.name in DIGITS else 'face'
-    trainer.kill_when((tmp_path / 'run_last.pth').exists, (own_data_dir, ckpt, '--steps', '2000'), every=1)
+    ckpt, kind = tmp_path / 'run.pth', 'digits/usps' if framed.name in DIGITS else 'face'
+    framed.kill_when((tmp_path / 'run_last.pth').exists, (own_data_dir, ckpt, '--steps', '2000'), every=1)
     folder = os.path.join(own_data_dir, kind, 'train')
     with open(folder + '.csv') as file:
         lines = file.readlines()
     os.remove(os.path.join(folder, lines[-1].split(',')[0]))
     with open(folder + '.csv', 'w') as file:
         file.writelines(lines[:-1])
-    assert_one_line(trainer.train(own_data_dir, ckpt, '--resume'), 'training images 36, and now there is 3',
+    assert_one_line(framed.train(own_data_dir, ckpt, '--resume'), 'was started with held out 4, and now there is 3',
                     'delete it to start anew')
 
 
-def test_resume_with_another_method(trainer, data_dir, tmp_path):
+def test_resume_with_another_method(framed, data_dir, tmp_path):
     """A constant of the method that was changed in the script since."""
     ckpt = tmp_path / 'run.pth'
-    trainer.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
-    command = trainer.command(data_dir, ckpt, '--resume')
+    framed.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
+    command = framed.command(data_dir, ckpt, '--resume')
     command[2] = command[2].replace('program.main()', 'program.AVERAGE_DECAY = 0.5; program.main()')
     assert_one_line(run(command), 'AVERAGE_DECAY = 0.99', 'the script now has 0.5')
 
 
-def test_names_that_differ_behind_a_dot_are_different_runs(trainer, data_dir, tmp_path):
+def test_names_that_differ_behind_a_dot_are_different_runs(framed, data_dir, tmp_path):
     for name in ('kl0.01', 'kl0.001'):
-        assert trainer.train(data_dir, tmp_path / name, '--steps', '2').returncode == 0
+        assert framed.train(data_dir, tmp_path / name, '--steps', '2').returncode == 0
     assert sorted(os.listdir(str(tmp_path))) == sorted(
         name + ending for name in ('kl0.01', 'kl0.001') for ending in ('', '.jsonl', '_last.jsonl', '_last.pth'))
 
 
-def test_checkpoint_named_as_a_state(trainer, data_dir, tmp_path):
-    assert_one_line(trainer.train(data_dir, tmp_path / 'run_last.pth'), 'must not end in _last.pth', code=2)
+def test_checkpoint_named_as_a_state(framed, data_dir, tmp_path):
+    assert_one_line(framed.train(data_dir, tmp_path / 'run_last.pth'), 'must not end in _last.pth', code=2)
 
 
-def test_out_of_memory(trainer, data_dir, tmp_path):
-    """One line that names the flag, and no file."""
-    command = trainer.command(data_dir, tmp_path / 'run.pth')
-    command[command.index('--batch_size') + 1] = str(10 ** 9)
-    assert_one_line(run(command), 'not enough memory', '--batch_size')
+def test_out_of_memory(framed, data_dir, tmp_path):
+    """A batch that is larger than the memory a process may have: one line that names the flag, and no file."""
+    command = framed.command(data_dir, tmp_path / 'run.pth')
+    command[command.index('--batch_size') + 1] = str(10 ** 7)
+    words = ' '.join(shlex.quote(str(word)) for word in command)
+    assert_one_line(run(['bash', '-c', 'ulimit -v 12000000; ' + words]), 'not enough memory', '--batch_size')
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -588,7 +595,7 @@ def test_pieces_of_adda(data_dir, tmp_path, monkeypatch, pieces):
             wanted |= {'confident_loss', 'confident_share'} if 'teacher' in chosen else set()
         assert set(record) == wanted, record['step']
     for record in records(ckpt, 'held_out'):
-        assert 0 <= record['confident_share'] <= 1 and 0 < record['nuclear_norm'] <= 1
+        assert 0 < record['nuclear_norm'] <= 1
         assert len(record['predicted_shares']) == 10 and sum(record['predicted_shares']) == pytest.approx(1)
 
 
@@ -633,17 +640,17 @@ def test_loss_that_is_not_finite_stops_the_run(trainer, data_dir, tmp_path):
     assert state['step'] == records(tmp_path / 'run.pth', 'train', '_last.jsonl')[-1]['step']
 
 
-def test_full_disk(trainer, data_dir, tmp_path):
+def test_full_disk(framed, data_dir, tmp_path):
     """A limit on the size of a file fails the first save: one line, and nothing half-written."""
     words = ' '.join(shlex.quote(str(word)) for word in
-                     trainer.command(data_dir, tmp_path / 'run.pth', '--steps', '9'))
+                     framed.command(data_dir, tmp_path / 'run.pth', '--steps', '9'))
     result = run(['bash', '-c', 'ulimit -f 20; ' + words])
     assert_one_line(result, 'cannot write', 'run_last.pth')
     assert os.listdir(str(tmp_path)) == []
 
 
-def test_checkpoint_is_a_folder(trainer, data_dir, tmp_path):
-    assert_one_line(trainer.train(data_dir, tmp_path), 'is a folder')
+def test_checkpoint_is_a_folder(framed, data_dir, tmp_path):
+    assert_one_line(framed.train(data_dir, tmp_path), 'is a folder')
 
 
 FIGURES = dict(
@@ -675,7 +682,7 @@ def test_figures_of_the_faces(trainer, data_dir, tmp_path, unbroken, copy_of_pro
         dict(kind='linear_code', rate=rate, distortion=0.1 / rate, test_kl=rate, test_mse=0.08 / rate)
         for rate in (10, 40, 90)])
     models.write_log(str(checkpoints / 'samples.jsonl'), [
-        dict(what='real', label='training faces', images=0, own=2.0, detected=0.9, frechet=7.0, nearest=0.48)])
+        dict(what='real', label='training faces', images=0, own=2.0, clear=0.9, frechet=7.0, nearest=0.48)])
     log = unbroken.with_suffix('.jsonl')
     before = log.read_text()
     flags = ['--attribute', 'Smiling'] if trainer.name == 'p1_vae' else []
