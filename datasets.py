@@ -8,11 +8,15 @@ import argparse
 import csv
 import functools
 import os
+import re
 import shlex
 import shutil
+import signal
 import stat
 import sys
+import unicodedata
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -72,12 +76,14 @@ def read_image(path, size):
     """Read one image of any mode as (size, size, 3) uint8, as a viewer shows it.
 
     It is turned as its EXIF data says.  Transparent parts are laid over black, or over white where the ink is
-    dark.  16-bit and float images are scaled by the range that their values use.  An image of another
+    dark.  Grey images of 16 bits or floats are scaled by the range that their values use.  An image of another
     size is resized bicubically; size None keeps its own.  Raises UserError with the name if it cannot be
     decoded.
     """
     try:
-        with Image.open(path) as image:
+        # what Pillow warns of, a large image or odd EXIF data, does no harm here
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter('ignore')
             image.load()
             image = turned(image)
             if image.mode.startswith(('I', 'F')):
@@ -93,6 +99,8 @@ def read_image(path, size):
                 image = image.resize((size, size), Image.BICUBIC)
             return np.asarray(image)
     except Exception as error:             # a damaged file makes Pillow's decoders raise nearly anything
+        if is_out_of_memory(error):
+            raise
         reason = str(error) or type(error).__name__
         raise UserError(f'{path} cannot be read as an image ({reason}): replace the file') from error
 
@@ -100,26 +108,27 @@ def read_image(path, size):
 def turned(image):
     """Turn a Pillow image as its EXIF data says; one whose EXIF data is damaged stays as it is."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            return image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+        return image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
     except Exception:                      # as for a damaged image: nearly anything
         return image
 
 
 def to_8_bit(values):
-    """Scale the values of a 16-bit, 32-bit or float image to (H, W) uint8.
+    """Scale the values of a grey 16-bit, 32-bit or float image to (H, W) uint8.
 
     Black is 0, or -1 where there are negative values.  White is the largest value of the smallest usual range
-    (1, 8, 10, 12 or 16 bits) that holds them all.  What fits none of these is stretched from its lowest to
-    its highest value.  Raises ValueError if a value is not finite.
+    (1, 8, 10, 12 or 16 bits) that holds them all; floats may pass its ends by a twentieth, as resizing leaves
+    them.  What fits none of these is stretched from its lowest to its highest value.  Raises ValueError if a
+    value is not finite.
     """
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise ValueError('it has values that are not finite')
-    ranges = [(0, 2 ** bits - 1) for bits in (1, 8, 10, 12, 16)] if low >= 0 else [(-1, 1)]
-    black, white = next((one for one in ranges if one[0] <= low and high <= one[1]), (low, max(high, low + 1)))
-    return np.round(255 * (values.astype(np.float64) - black) / (white - black)).astype(np.uint8)
+    beyond = 0.05 if values.dtype.kind == 'f' else 0
+    ranges = [(0, 2 ** bits - 1) for bits in (1, 8, 10, 12, 16)] if low >= -beyond else [(-1, 1)]
+    black, white = next((one for one in ranges if low >= one[0] - beyond and high <= one[1] * (1 + beyond)),
+                        (low, max(high, low + 1)))
+    return np.round(255 * ((values.astype(np.float64) - black) / (white - black)).clip(0, 1)).astype(np.uint8)
 
 
 def read_images(folder, names, size):
@@ -134,9 +143,10 @@ def read_csv(path, names):
     """Read a label file (header image_name,...) as a DataFrame of texts, a row for each name, in their order.
 
     The values may be separated by commas, semicolons or tabs.  Spaces around them, the case of image_name
-    and label, empty values at the ends of rows, a byte order mark, lines that are empty or begin with # or
-    sep=, a folder before a name and a missing ending of it make no difference.  Raises UserError if the file
-    is missing, empty or malformed, if a row has no image in names, or an image has no row or two.
+    and label, empty values at the ends of rows, a byte order mark, empty lines, a line before the header that
+    begins with # or sep=, the header once more, a folder before a name and a missing ending of it make no
+    difference.  Raises UserError if the file is missing, empty or malformed, if a row has no image in names,
+    or an image has no row or two.
     """
     import pandas as pd
     rows = read_rows(path)
@@ -144,6 +154,10 @@ def read_csv(path, names):
     if 'image_name' not in header:
         raise UserError(f'{path} begins with {",".join(rows[0][1])[:60]!r}: a header image_name,... is expected '
                         'as its first row')
+    for name in header:
+        if name and header.count(name) > 1:
+            raise UserError(f'{path} has two columns {name}: delete one')
+    rows[1:] = [row for row in rows[1:] if row[1] != rows[0][1]]
     if len(rows) == 1:
         raise UserError(f'{path} has no rows under its header: replace it')
     for line, cells in rows[1:]:
@@ -179,8 +193,9 @@ def read_rows(path):
         text = '\0'
     if '\0' in text:
         raise UserError(f'{path} is no text file (a spreadsheet?): save it as CSV')
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1)
-             if line.strip() and not line.lstrip().startswith('#') and not line.lower().startswith('sep=')]
+    lines = [(number, line) for number, line in enumerate(re.split('\r\n|\r|\n', text), 1) if line.strip(' \t,;"')]
+    while lines and lines[0][1].lower().strip(' "').startswith(('#', 'sep=')):
+        lines.pop(0)
     if not lines:
         raise UserError(f'{path} is empty: replace it')
     # that of the header: a name may hold the others
@@ -188,9 +203,10 @@ def read_rows(path):
     rows = []
     for number, line in lines:
         try:
-            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator))]
+            cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
         except csv.Error as error:
             raise UserError(f'{path} cannot be read in line {number} ({error}): mend that line') from error
+        cells = [cell.strip() for cell in cells]
         while len(cells) > len(rows[0][1] if rows else ()) and cells[-1] == '':
             cells.pop()                    # a separator at the end of the row
         rows.append((number, cells))
@@ -201,15 +217,17 @@ def match_names(written, names):
     """Return each written name as the file in names that it means, or else without its folder."""
     # a Python 3.6 without a locale lists other letters than ASCII as surrogates
     written = [os.fsdecode(name.encode('utf8', 'surrogateescape')) for name in written]
-    images, stems = set(names), {}
-    for name in names:
-        stems.setdefault(os.path.splitext(name)[0], []).append(name)
+    images, others = set(names), {}
+    for name in names:                     # without its ending; with its accents composed, as macOS does not store them
+        for other in {os.path.splitext(name)[0], unicodedata.normalize('NFC', name)}:
+            others.setdefault(other, []).append(name)
     matched = []
     for name in written:
         if name not in images:
             name = name.replace('\\', '/').split('/')[-1].strip()
-            if name not in images and len(stems.get(name, ())) == 1:
-                name = stems[name][0]
+        if name not in images:
+            meant = others.get(name) or others.get(unicodedata.normalize('NFC', name)) or ()
+            name = meant[0] if len(meant) == 1 else name
         matched.append(name)
     return matched
 
@@ -290,6 +308,14 @@ def split_held_out(count):
     order = np.random.RandomState(HELD_OUT_SEED).permutation(count)
     held_out = min(HELD_OUT, max(1, count // 10))
     return torch.from_numpy(np.sort(order[held_out:])), torch.from_numpy(np.sort(order[:held_out]))
+
+
+def content_sum(*tensors):
+    """Return a checksum of tensors, by which a resumed run knows its data again."""
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(tensor.numpy(), total)
+    return f'{total:08x}'
 
 
 def to_float(images):
@@ -373,6 +399,8 @@ def check_out(path, endings=None):
     check_no_device(path)
     if endings and not path.lower().endswith(endings):
         raise UserError(f'{path} does not end in {", ".join(endings[:-1])} or {endings[-1]}: name such a picture')
+    if not endings and path.lower().endswith(IMAGE_ENDINGS + ('.pth',)):
+        raise UserError(f'{path} has the name of an image or a checkpoint: name a CSV file')
 
 
 def check_no_device(path):
@@ -723,8 +751,11 @@ def parse_shared(parser, problem, needs, argv):
             parser.error(f'--{name} must lie in 1 .. {2 ** 31 - 1}')
     if args.seed is not None and not 0 <= args.seed < 2 ** 32:
         parser.error('--seed must lie in 0 .. 4294967295')
-    if args.train and args.ckpt is not None and args.ckpt.endswith('_last.pth'):
-        parser.error('--ckpt must not end in _last.pth: a run keeps its own state under that name')
+    for name in ('ckpt', 'out', 'init', 'images'):
+        if getattr(args, name, None) == '':
+            parser.error(f'--{name} is empty: name a file, or leave it out')
+    if args.train and args.ckpt is not None and args.ckpt.endswith(('_last.pth', '_last', '.jsonl', '/')):
+        parser.error('--ckpt must not end in _last.pth, _last, .jsonl or /: a run needs such names for its own files')
     if 'target' in args:
         if args.target and args.source == args.target:
             parser.error(f'--source {args.source} is the target: name another domain')
@@ -741,13 +772,19 @@ def parse_shared(parser, problem, needs, argv):
 def run_command(function, args):
     """Call function(args); say what a user can mend in one line on stderr and exit 1."""
     program = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='surrogateescape')       # for a file name whose bytes are no text
+
+    def stop(number, frame):
+        sys.exit(f'{program}: stopped by a signal')
+    signal.signal(signal.SIGTERM, stop)    # in order: what is half-written goes, and so do other processes
     try:
         function(args)
     except KeyboardInterrupt:
         sys.exit(f'{program}: stopped by the keyboard')
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = ' '.join(str(error).split())
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
+        if is_out_of_memory(error):
             message = (f'there is not enough memory ({message[:160] or "MemoryError"}): free some, or give a smaller '
                        '--batch_size')
         elif isinstance(error, RuntimeError):
@@ -756,8 +793,8 @@ def run_command(function, args):
 
 
 def is_out_of_memory(error):
-    """Return whether this is what torch raises, on a CPU or a GPU, where memory cannot be had."""
+    """Return whether this is what Python, or torch on a CPU or a GPU, raises where memory cannot be had."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in (
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in text for words in (
         'out of memory', "can't allocate memory", 'not enough memory', 'could not create a memory', 'bad_alloc',
         'alloc_failed'))

@@ -5,7 +5,6 @@ can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on 
 """
 import contextlib
 import copy
-import glob
 import hashlib
 import io
 import json
@@ -13,9 +12,12 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from collections import OrderedDict
 from inspect import signature
 
@@ -24,7 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets import DIGIT_SIZE, SOURCE_OF, UserError, list_images, read_images, to_float, warn, write_whole
+from datasets import (DIGIT_SIZE, SOURCE_OF, UserError, check_no_device, is_out_of_memory, list_images, read_images,
+                      to_float, warn, write_whole)
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
@@ -375,33 +378,46 @@ def to_uint8(images):
 
 # --------------------------------------------------------------------------------- a training run
 
+# what the state of a run holds besides what a script keeps
+STATE = ('ckpt', 'step', 'seconds', 'settings', 'facts', 'precision', 'command', 'chosen', 'log', 'rng', 'torch_rng')
+
+
 class Run(object):
     """One training run from its start, or from where it stopped, to its end: all but the algorithm.
 
-    CKPT, the checkpoint, and its log appear at the end: run.pth and run.jsonl (of a name that does not end
-    in .pth nothing is cut off).  Until then run_last.pth has the state from which --resume goes on as if the
-    run had never stopped, and run_last.jsonl the log as far as that.  In a script:
+    The checkpoint of a run appears at its end, and beside it its log: run.pth and run.jsonl.  Until then
+    run_last.pth holds the state from which --resume goes on as if the run had never stopped, and
+    run_last.jsonl the log up to that state.  A script uses a Run like this:
 
         run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt)
-        net = run.keep(net=Net(**NET))                   # what is kept is saved, and restored by --resume
+        net = run.keep(net=Net(**NET))                   # is saved with the run, and restored by --resume
         run.facts(net, training_images=len(images))
         for step in run.steps(LOG_EVERY, SAVE_EVERY):
+            rows = torch.randint(..., generator=run.rng)
             ...                                          # the algorithm
-            run.log(loss=loss)                           # a record has the means since the last one
+            run.log(loss=loss)                           # a record holds the means since the last record
             if run.saves:
-                run.measured(error=...)                  # on held-out images, before each save
+                run.measured(error=...)                  # on held-out images
+                run.choose(error, net)                   # where the least error chooses the weights
+        net = run.from_file(Net(**NET), 'chosen')
         run.finish(net, NET, metrics)
 
-    args are those of the command line, defaults the settings that have a flag of the same name, constants those of
-    the method, in capitals.  given overrides args.  Attributes: settings (all of these), steps, batch_size,
-    device, precision, resumed (bool), rng (a torch.Generator of the run's seed), and in the loop step,
-    logs and saves (whether this step does).  Raises UserError where a flag contradicts the saved run, the
-    method has changed since, or a new run would overwrite an unfinished one.
+    args are the flags of the command line.  defaults are the settings that have a flag of the same name.
+    constants are the constants of the method, with names in capitals.  given takes precedence over args.
+
+    Attributes: settings (flags and constants), last_step, batch_size, device, precision, resumed (bool), rng (a
+    torch.Generator with the seed of the run); in the loop also step, logs and saves (whether this step does).
+
+    Raises UserError if a flag contradicts the saved run, if the method has changed since, if a new run would
+    overwrite an unfinished one, or if ckpt is a file of another kind.
     """
 
     def __init__(self, args, problem, defaults, constants, ckpt, given=None):
         if os.path.isdir(ckpt):
             raise UserError(f'{ckpt} is a folder: name a file for --ckpt')
+        check_no_device(ckpt)
+        if os.path.exists(ckpt):
+            load_checkpoint(ckpt, problem)             # a file of another kind must not be overwritten
         self.problem, self.ckpt, self.base = problem, ckpt, base_of(ckpt)
         self.device = pick_device(args.device)
         self.state_path = self.base + '_last.pth'
@@ -435,6 +451,10 @@ class Run(object):
                 print(f'{self.state_path} does not exist yet: starting a new run', flush=True)
             return None
         state = load_checkpoint(self.state_path, state_of(self.problem))
+        self._check_has(state, *STATE)
+        if state['ckpt'] != os.path.basename(self.ckpt):
+            raise UserError(f'{self.state_path} belongs to --ckpt {state["ckpt"]}: name that, or a --ckpt that differs '
+                            'in more than .pth')
         if resume:
             return state
         step, steps = state['step'], state['settings']['steps']
@@ -443,11 +463,17 @@ class Run(object):
                             'on with it, or delete it to start anew')
         return None
 
+    def _check_has(self, state, *names):
+        for name in names:
+            if name not in state:
+                raise UserError(f'{self.state_path} was saved by another version of this program and lacks {name}: '
+                                'delete it and train anew')
+
     def _check_resumed(self, given, constants):
         settings = self.state['settings']
         for name, value in given.items():
-            if value != settings[name]:
-                raise UserError(f'{self.state_path} was started with --{name} {settings[name]}: resume without '
+            if value != settings.get(name):
+                raise UserError(f'{self.state_path} was started with --{name} {settings.get(name)}: resume without '
                                 f'--{name}, or delete it to start anew')
         check_constants(self.state_path, settings, constants)
 
@@ -455,7 +481,7 @@ class Run(object):
         """Return the one named thing; it is saved with the run, and restored here by --resume.
 
         It is a net, which moves to the device, in the memory layout in which it trains fastest; an
-        optimizer; or a tensor or a list, which must then be changed in place.
+        optimizer; or a tensor or a list, which must then be changed in place.  Call it before steps().
         """
         (name, thing), = named.items()
         if isinstance(thing, nn.Module):
@@ -465,6 +491,7 @@ class Run(object):
             thing = thing.to(self.device)
         self.kept[name] = thing
         if self.resumed:
+            self._check_has(self.state, name)
             saved = self.state[name]
             if torch.is_tensor(thing):
                 thing.copy_(saved)
@@ -475,16 +502,16 @@ class Run(object):
         return thing
 
     def facts(self, *nets, **facts):
-        """Log what else describes the run: numbers of images, sums of files; parameters are those of nets.
+        """Log what else describes the run: numbers and a checksum of its data; parameters are those of nets.
 
-        Raises UserError if --resume finds another: the data folder, say, is not the one it began with.
+        A resumed run keeps the record of its start.  Raises UserError if a fact is not what it was then.
         """
         facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
         if self.resumed:
             for name, value in facts.items():
-                if self.state['facts'][name] != value:
+                if self.state['facts'].get(name) != value:
                     raise UserError(f'{self.state_path} was started with {name.replace("_", " ")} '
-                                    f'{self.state["facts"][name]}, and now there is {value}: give it back what it '
+                                    f'{self.state["facts"].get(name)}, and now there is {value}: give it back what it '
                                     'was started with, or delete it to start anew')
         else:
             self.records.append(dict(
@@ -493,14 +520,17 @@ class Run(object):
         self.described = facts
 
     def steps(self, log_every, save_every):
-        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save."""
+        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save.
+
+        A new run first removes the state of a finished run, so that nothing takes it for its own.
+        """
         self.start = time.time()
         if self.resumed:
             self.rng.set_state(self.state['rng'])
             torch.set_rng_state(self.state['torch_rng'])
             self.start -= self.state['seconds']
             self.state = None              # its memory is needed no more
-        elif os.path.exists(self.state_path):      # of a finished run: it must not be taken for this one
+        elif os.path.exists(self.state_path):
             os.remove(self.state_path)
         for step in range(self.step + 1, self.last_step + 1):
             self.step = step
@@ -525,8 +555,8 @@ class Run(object):
             return
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
-            raise UserError(f'a loss is not finite near step {self.step}: the last good save, if there is one, '
-                            f'stays in {self.state_path}; start anew with another --seed')
+            raise UserError(f'a loss is not finite near step {self.step}: the last good save, if there is one, stays '
+                            f'in {self.state_path}; delete it and start anew with another --seed')
         self.sums, self.counts = {}, {}
         speed = self.step * self.batch_size / (time.time() - self.start)
         self.records.append(dict(kind='train', step=self.step, images_per_second=speed, **means))
@@ -548,9 +578,11 @@ class Run(object):
         kept = {name: thing.state_dict() if hasattr(thing, 'state_dict') else thing
                 for name, thing in self.kept.items()}
         save_checkpoint(self.state_path, dict(
-            kept, problem=state_of(self.problem), step=self.step, seconds=time.time() - self.start,
-            settings=self.settings, facts=self.described, precision=self.precision, command=self.command,
-            chosen=self.chosen, log=self.records, rng=self.rng.get_state(), torch_rng=torch.get_rng_state()))
+            kept, problem=state_of(self.problem), ckpt=os.path.basename(self.ckpt), step=self.step,
+            seconds=time.time() - self.start,
+            settings=self.settings, facts=self.described, precision=self.precision,
+            command=self.command, chosen=self.chosen, log=self.records, rng=self.rng.get_state(),
+            torch_rng=torch.get_rng_state()))
         write_log(self.base + '_last.jsonl', self.records)
 
     def from_file(self, net, name):
@@ -585,11 +617,24 @@ def state_of(problem):
 
 
 def remove_leftovers(base):
-    """Remove what a run left that was killed in a save; not the saves of a run beside it."""
+    """Remove what a run left that was killed in a save; not what another run writes now."""
     folder, stem = os.path.split(os.path.abspath(base))
-    for ending in ('', '.pth', '.jsonl', '_last.pth', '_last.jsonl'):
-        for leftover in glob.glob(os.path.join(glob.escape(folder), f'.[0-9]*.{glob.escape(stem)}{ending}')):
-            os.remove(leftover)
+    name = re.compile(r'\.(\d+)\.' + re.escape(stem) + r'(\.pth|\.jsonl|_last\.pth|_last\.jsonl)?')
+    for leftover in os.listdir(folder) if os.path.isdir(folder) else ():
+        found = name.fullmatch(leftover)
+        if found and not is_running(int(found.group(1))):
+            os.remove(os.path.join(folder, leftover))
+
+
+def is_running(process):
+    """Return whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass                               # it is another user's
+    return True
 
 
 def plain(values):
@@ -654,28 +699,38 @@ def load_checkpoint(path, problem):
 
     Raises UserError if path is missing, torn, of a newer torch, no checkpoint or one of another problem.
     """
-    script, state = problem.split()[0], problem == state_of(problem.split()[0])
-    fix = 'delete it and train anew' if state else (
-        f'name another --ckpt, or delete it and let hw3_{problem[:2]}.sh fetch it again')
-    if not os.path.isfile(path):
+    script, fix = problem.split()[0], 'name another --ckpt'
+    if problem == state_of(script):
+        fix = 'delete it and train anew'
+    elif os.path.dirname(os.path.abspath(path)) == CHECKPOINTS:
+        fix = f'delete it and let hw3_{problem[:2]}.sh fetch it again'
+    if not os.path.exists(path):
         raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train, '
                         f'or let hw3_{problem[:2]}.sh fetch it')
-    with open(path, 'rb') as file:
-        zipped = file.read(2) == b'PK'
-    if zipped and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):
-        raise UserError(f'{path} was saved by a newer torch than this {torch.__version__}: save it again there with '
-                        'torch.save(..., _use_new_zipfile_serialization=False)')
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is a folder or a device, no checkpoint: name another --ckpt')
+    if zipfile.is_zipfile(path) and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):
+        with zipfile.ZipFile(path) as file:
+            if any(name.endswith('data.pkl') for name in file.namelist()):
+                raise UserError(f'{path} was saved by a newer torch than this {torch.__version__}: save it again there '
+                                'with torch.save(..., _use_new_zipfile_serialization=False)')
     # torch 1.4 would hand weights_only on to pickle
     safe = dict(weights_only=True) if 'weights_only' in signature(torch.load).parameters else dict(
         pickle_module=PlainPickle)
     try:
-        checkpoint = torch.load(path, map_location='cpu', **safe)
-        found = checkpoint['problem']
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            checkpoint = torch.load(path, map_location='cpu', **safe)
     except Exception as error:     # a torn pickle can raise nearly anything
-        reason = ' '.join(str(error).split())[:80]
+        if is_out_of_memory(error):
+            raise
+        # today's torch then goes on about its weights_only, by many lines
+        reason = 'it is no plain torch file' if isinstance(error, pickle.UnpicklingError) else str(error)[:80]
         raise UserError(f'{path} is no checkpoint or a torn one ({type(error).__name__}: {reason}): {fix}') from error
-    if found != problem:
-        raise UserError(f'{path} is a checkpoint of {found}, not of {problem}: name another --ckpt')
+    if not isinstance(checkpoint, dict) or 'problem' not in checkpoint:
+        raise UserError(f'{path} is no checkpoint of this project, which says what problem it is of: {fix}')
+    if checkpoint['problem'] != problem:
+        raise UserError(f'{path} is a checkpoint of {checkpoint["problem"]}, not of {problem}: name another --ckpt')
     return checkpoint
 
 
@@ -683,7 +738,7 @@ def load_net(kind, path, problem, device):
     """Return (net in eval() on device, checkpoint) of a checkpoint that a Run finished.
 
     kind is the class of the net.  What nn.DataParallel (module.) or torch.compile (_orig_mod.) puts before the
-    names of weights is dropped.  Raises UserError if they do not fit the net.
+    names of weights is dropped.  Raises UserError if they do not fit the net, or are not finite.
     """
     checkpoint = load_checkpoint(path, problem)
     fix = f'it is not as {problem}.py --train writes it: name another --ckpt'
@@ -696,11 +751,15 @@ def load_net(kind, path, problem, device):
             weights[name] = value
         sizes, found = [{name: tuple(value.shape) for name, value in state.items()}
                         for state in (net.state_dict(), weights)]
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:     # of what is in the file's config and net nothing is known
+        if is_out_of_memory(error):
+            raise
         reason = f'{type(error).__name__}: {str(error)[:80]}'
         raise UserError(f'{path} does not say what net it is of ({reason}): {fix}') from error
     for wrong, says in ((sizes.keys() - found.keys(), 'lacks {}'), (found.keys() - sizes.keys(), 'has {} too many'),
-                        ({name for name in sizes if sizes[name] != found.get(name)}, 'has another size of {}')):
+                        ({name for name in sizes if sizes[name] != found.get(name)}, 'has another size of {}'),
+                        ({name for name in sizes if not torch.isfinite(weights[name].float()).all()}
+                         if sizes == found else (), 'has values that are not finite in {}')):
         if wrong:
             raise UserError(f'{path} {says.format(min(wrong))} ({len(wrong)} such weights): {fix}')
     net.load_state_dict(weights)
@@ -720,12 +779,12 @@ def write_sum(path):
     if not os.path.exists(sums):
         return
     with open(sums) as file:
-        lines = [line for line in file if line.split()[1:] != [name]]
-    lines.append(f'{file_sum(path)}  {name}\n')
+        lines = [line for line in file.read().splitlines() if line.strip() and line.split(None, 1)[-1] != name]
+    lines.append(f'{file_sum(path)}  {name}')
 
     def write(temporary):
         with open(temporary, 'w') as file:
-            file.writelines(sorted(lines, key=lambda line: line.split()[-1]))
+            file.writelines(line + '\n' for line in sorted(lines, key=lambda line: line.split(None, 1)[-1]))
     write_whole(sums, write)
 
 
@@ -742,11 +801,14 @@ def read_log(path):
     if not os.path.isfile(path):
         raise UserError(f'there is no log {path}: --train writes it beside its checkpoint, and '
                         'tests/benchmark.py those of the measurements')
-    with open(path) as file:
-        try:
-            return [json.loads(line) for line in file]
-        except ValueError as error:
-            raise UserError(f'{path} is no log ({error}): restore it with git, or train anew') from error
+    try:
+        with open(path) as file:
+            records = [json.loads(line) for line in file]
+    except ValueError as error:
+        raise UserError(f'{path} is no log ({error}): restore it with git, or train anew') from error
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise UserError(f'{path} is empty or no log: restore it with git, or train anew')
+    return records
 
 
 # -------------------------------------------------------------------- shared by problems 3 and 4
@@ -816,9 +878,12 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
     """
     torch.set_num_threads(1)               # in each process; two threads would wait for a busy core
     net, checkpoint = load_net(DigitNet, ckpt, problem, device)
-    trained_for = checkpoint.get('settings', {}).get('target')
+    settings = checkpoint.get('settings')
+    trained_for = settings.get('target') if isinstance(settings, dict) else None
     if trained_for != target:
-        raise UserError(f'{ckpt} was trained for {trained_for}: name that as --target, or another --ckpt')
+        raise UserError(f'{ckpt} was trained for {trained_for}: name that as --target, or another --ckpt'
+                        if trained_for in SOURCE_OF else
+                        f'{ckpt} does not say for which target it was trained: name another --ckpt')
     names = list_images(folder)
     others = len(os.listdir(folder)) - len(names)
     if others:
@@ -885,6 +950,7 @@ def in_processes(count, function, parts, *inputs):
 
 def work(index, pipes, function, parts, inputs):
     """Send function(part, *inputs) for each of parts through the pipe of this process, or an exception."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other, (receiver, sender) in enumerate(pipes):
         receiver.close()                   # so that sending fails once the first process is gone
         if other != index:
@@ -949,16 +1015,18 @@ def digit_runs(args, problem, defaults, constants, cells, name_of):
 
 
 def is_finished(path, settings):
-    """Return whether the checkpoint at path has the log of a finished run.
+    """Return whether the run of the checkpoint at path is finished, and was not started again since.
 
     Raises UserError if that run has other constants of the method than settings.
     """
-    log = base_of(path) + '.jsonl'
+    log, state = base_of(path) + '.jsonl', base_of(path) + '_last.pth'
     if not os.path.exists(log):
         return False
-    check_constants(log, read_log(log)[0]['settings'],
+    records = read_log(log)
+    check_constants(log, records[0].get('settings', {}),
                     plain({name: value for name, value in settings.items() if name.isupper()}))
-    return read_log(log)[-1]['kind'] == 'test'
+    return records[-1].get('kind') == 'test' and not (
+        os.path.exists(state) and os.path.getmtime(state) > os.path.getmtime(log))
 
 
 def gather_results(problem, table, constants, name_of):
@@ -966,8 +1034,13 @@ def gather_results(problem, table, constants, name_of):
     records = []
     for settings, path in table:
         log = base_of(path) + '.jsonl'
-        lines = read_log(log) if os.path.exists(log) else []
-        if lines and lines[-1]['kind'] == 'test' and lines[0]['settings'] == plain(dict(settings, **constants)):
+        try:
+            lines = read_log(log) if os.path.exists(log) else []
+        except UserError as error:
+            warn(f'the table leaves out a run: {error}')
+            continue
+        if lines and lines[-1]['kind'] == 'test' and lines[0].get('settings') == plain(
+                dict(settings, **constants)):
             metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
             records.append(dict(kind='result', row=name_of(settings), source=settings['source'],
                                 target=settings['target'], seed=settings['seed'],

@@ -19,7 +19,7 @@ import os
 import numpy as np
 import torch
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, draw_pixels, draw_points,
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_points,
                       draw_text, embed, make_grid, new_figure, new_parser, parse_shared, random_flip,
                       run_command, save_figure, save_picture, save_single, split_held_out, to_float)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, load_net,
@@ -120,7 +120,7 @@ def train(args):
             raise UserError(f'{settings["init"]} has a net of other sizes than NET in this script: name another --init')
     vae = run.keep(net=vae).train()
     average = run.keep(average=copy.deepcopy(vae)).eval()
-    run.facts(vae, training_images=len(training), held_out=len(held_out))
+    run.facts(vae, training_images=len(training), held_out=len(held_out), data=content_sum(faces.images, test.images))
     # optimizers
     optimizer = run.keep(optimizer=torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10))
     # loop

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, draw_pixels, draw_text,
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_text,
                       make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise,
@@ -193,7 +193,8 @@ def train(args):
     generator = run.keep(generator=Generator(**NET))
     discriminator = run.keep(discriminator=Discriminator(DISCRIMINATOR_CHANNELS, norm))
     average = run.keep(average=copy.deepcopy(generator)).eval()
-    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), judge=file_sum(JUDGE))
+    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), judge=file_sum(JUDGE),
+              data=content_sum(faces.images, test.images))
     progress = run.keep(progress=[(0, draw_faces(average, COLUMNS, 0, device))])
     # optimizers
     generator_optimizer, discriminator_optimizer = [

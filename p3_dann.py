@@ -32,8 +32,8 @@ import os
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, draw_text,
-                      new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
+from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, content_sum,
+                      draw_text, new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
                       plot_features, plot_mistakes, plot_table, read_digits, read_scenario, run_command, save_figure,
                       scenario_name, split_held_out, to_float, with_other_accuracy, write_predictions)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, accuracy,
@@ -134,7 +134,8 @@ def train_run(run, data_dir):
     discriminator = run.keep(discriminator=DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN))
     average = run.keep(average=copy.deepcopy(net)).eval()
     run.facts(net, training_images=len(training), held_out=len(held_out),
-              unlabelled=len(unlabelled) if setting.startswith('dann') else 0)
+              unlabelled=len(unlabelled) if setting.startswith('dann') else 0,
+              data=content_sum(labelled.images, labelled.labels, target.images, test.images))
     # optimizers
     optimizer = run.keep(optimizer=torch.optim.Adam(
         list(net.parameters()) + list(discriminator.parameters()), lr=LEARNING_RATE, betas=(0.9, 0.99)))

@@ -38,10 +38,11 @@ import os
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, draw_text,
-                      new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
-                      plot_features, plot_mistakes, plot_table, random_patches, read_digits, read_scenario, run_command,
-                      save_figure, scenario_name, split_held_out, to_float, with_other_accuracy, write_predictions)
+from datasets import (COLOURS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out, content_sum,
+                      draw_text, new_figure, new_parser, of_seed_0, parse_shared, pick_test_images, plot_confusion,
+                      plot_features, plot_mistakes, plot_table, random_patches, read_digits, read_scenario,
+                      run_command, save_figure, scenario_name, split_held_out, to_float, with_other_accuracy,
+                      write_predictions)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, accuracy, base_of,
                     cosine_rate, digit_runs, domain_accuracy, domain_loss, label_folder,
                     load_net, measure_digits, on_device, pick_device, probabilities_of, read_log, rows_of, run_batches,
@@ -197,7 +198,8 @@ def train_run(run, data_dir):
     average = run.keep(average=copy.deepcopy(net)).eval()
     source_net = run.keep(source_net=copy.deepcopy(net)).eval()
     shares = run.keep(shares=torch.full((10,), 0.1))       # of the digits that the teacher has named of late
-    run.facts(net, training_images=len(training), held_out=len(held_out), unlabelled=len(adapting))
+    run.facts(net, training_images=len(training), held_out=len(held_out), unlabelled=len(adapting),
+              data=content_sum(source.images, source.labels, target.images, test.images))
     # optimizers
     source_optimizer, discriminator_optimizer, target_optimizer = [
         run.keep(**{name: torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))})

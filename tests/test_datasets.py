@@ -104,7 +104,7 @@ def test_damaged_exif_data_does_not_matter(tmp_path):
     (np.uint16, 0, 255, 0, 255), (np.uint16, 0, 1, 0, 255), (np.uint16, 0, 4095, 0, 255), (np.uint16, 0, 1023, 0, 255),
     (np.uint16, 0, 65535, 0, 255), (np.uint16, 0, 30000, 0, 117), (np.int32, 0, 200, 0, 200),
     (np.int32, -500, 70000, 0, 255), (np.float32, 0, 1, 0, 255), (np.float32, 0, 0.5, 0, 128),
-    (np.float32, -1, 1, 0, 255), (np.float32, 0, 255, 0, 255)])
+    (np.float32, -1, 1, 0, 255), (np.float32, 0, 255, 0, 255), (np.float32, -0.02, 1.02, 0, 255)])
 def test_values_of_another_range(tmp_path, kind, low, high, black, white):
     """16-bit, 32-bit and float images: what holds all values decides what white is."""
     values = np.full((28, 28), low, kind)
@@ -263,6 +263,8 @@ READ = dict(
     without_ending=PLAIN.replace('.png', ''), folder=PLAIN.replace('0000', 'train/0000'),
     windows_folder=PLAIN.replace('0000', 'digits\\\\train\\\\0000'), quoted=PLAIN.replace('00000.png', '"00000.png"'),
     index=''.join(f'{index},{line}\n' for index, line in enumerate(PLAIN.split('\n')[:-1])),
+    quoted_with_spaces=PLAIN.replace(',', ', ').replace('label', '"label"'),
+    header_twice=PLAIN + PLAIN.split('\n')[0], empty_rows=PLAIN + ',\n,\n', quoted_sep='"sep=,"\n' + PLAIN,
     no_last_line_end=PLAIN[:-1], another_column=PLAIN.replace('\n', ',x\n'), decimals=PLAIN.replace('6', '6.0'))
 
 
@@ -301,6 +303,21 @@ def test_label_files_that_are_not_read(tmp_path, text, words):
     assert 'train.csv' in str(error.value) and '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_names_that_look_like_other_lines_and_composed_accents(tmp_path):
+    """An image called #1.png; a name whose accent macOS stores as a letter of its own."""
+    names = ['#1.png', 'e\u0301.png', 'sep=1.png']
+    (tmp_path / 'train.csv').write_bytes('image_name,label\n#1.png,1\nsep=1.png,2\n\u00e9.png,3\n'.encode('utf8'))
+    if os.fsdecode('\u00e9'.encode('utf8')) == '\u00e9':
+        assert list(read_csv(str(tmp_path / 'train.csv'), names)['label']) == ['1', '3', '2']
+
+
+@pytest.mark.parametrize('header', ['image_name,label,Label', 'image_name,image_name,label'])
+def test_two_columns_of_one_name(tmp_path, header):
+    (tmp_path / 'train.csv').write_text(header + '\n00000.png,1,1\n')
+    with pytest.raises(UserError, match='has two columns'):
+        read_csv(str(tmp_path / 'train.csv'), ['00000.png'])
 
 
 def test_name_without_ending_of_two_images(tmp_path):

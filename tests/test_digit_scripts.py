@@ -354,6 +354,27 @@ def test_unknown_target(script, tmp_path, target):
     assert os.listdir(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize('out', ['digits/00000.png', 'new.JPG', 'weights.pth'])
+def test_out_must_not_replace_an_input(one_script, tmp_path, out):
+    shutil.copytree(DIGITS, str(tmp_path / 'digits'))
+    result = run(['bash', one_script.path, 'digits', 'usps', out], cwd=tmp_path)
+    assert_one_line(result, 'has the name of an image or a checkpoint', 'name a CSV file')
+    assert os.listdir(str(tmp_path)) == ['digits'] and len(os.listdir(str(tmp_path / 'digits'))) == 12
+
+
+def test_terminated_script_ends_all_processes(one_script, tmp_path):
+    """kill, as timeout does it: one line, no process and no file."""
+    folder = many(tmp_path / 'many', 60000)
+    process = subprocess.Popen([sys.executable, one_script.program, '--images', str(folder), '--target', 'usps',
+                                '--out', str(tmp_path / 'pred.csv')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               universal_newlines=True, start_new_session=True)
+    assert 'of 60,000 images' in process.stdout.readline()
+    process.terminate()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and stderr == 'p3_dann.py: stopped by a signal\n'
+    assert processes_of(process.pid) == [] and os.listdir(str(tmp_path)) == ['many']
+
+
 def test_unwritable_places(script, tmp_path):
     (tmp_path / 'file').write_text('')
     for out in (tmp_path / 'file' / 'pred.csv', '/proc/pred.csv'):
@@ -384,7 +405,8 @@ def test_checkpoints_are_small_and_of_their_target(script):
 
 @pytest.mark.parametrize('ckpt,words', [
     ('none.pth', ['none.pth', 'there is no checkpoint']), ('torn.pth', ['torn.pth', 'torn']),
-    ('other.pth', ['other.pth', 'p9_other']), ('no_target.pth', ['no_target.pth', 'was trained for None'])])
+    ('other.pth', ['other.pth', 'p9_other']), ('no_target.pth', ['no_target.pth', 'does not say for which target']),
+    ('.', ['is a folder or a device'])])
 def test_bad_checkpoints(script, tmp_path, ckpt, words):
     from models import load_checkpoint, save_checkpoint
     with open(script.checkpoint('usps'), 'rb') as file:

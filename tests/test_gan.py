@@ -181,11 +181,12 @@ def test_frechet_distance_against_scipy():
     assert p2_gan.frechet_distance(few, few + 1) == pytest.approx(6, rel=1e-6)
 
 
-def test_held_out_score_is_worse_for_worse_faces():
+def test_held_out_score_is_worse_for_worse_faces(monkeypatch):
     """Of the shipped generator: its own noise scores better than noise that is too small."""
     cpu = torch.device('cpu')
     generator = load_net(Generator, os.path.join(ROOT, 'checkpoints', 'p2_gan.pth'), 'p2_gan', cpu)[0]
     judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
+    monkeypatch.setattr(p2_gan, 'SCORED', 300)
     images = p2_gan.draw_faces(generator, 200, 5, cpu)
     good = p2_gan.measure(generator, judge, images, cpu)['frechet']
     assert good == p2_gan.measure(generator, judge, images, cpu)['frechet']

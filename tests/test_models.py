@@ -206,6 +206,10 @@ def spoiled(how):
         del checkpoint['net']['encoder.mean.weight']
     elif how == 'extra':
         checkpoint['net']['more'] = torch.zeros(1)
+    elif how == 'nan':
+        checkpoint['net']['encoder.mean.weight'][0, 0] = float('nan')
+    elif how == 'empty config':
+        checkpoint['config'] = dict(latent_dim=6, channels=[])
     elif how == 'size':
         checkpoint['net']['encoder.mean.weight'] = torch.zeros(2, 2)
     return checkpoint
@@ -215,7 +219,8 @@ def spoiled(how):
     ('config', ["does not say what net it is of (KeyError: 'config')"]), ('net', ["KeyError: 'net'"]),
     ('another config', ['does not say what net it is of']), ('no dict', ['does not say what net it is of']),
     ('missing', ['lacks encoder.mean.weight (1 such']), ('extra', ['has more too many (1 such']),
-    ('size', ['another size of encoder.mean.weight'])])
+    ('size', ['another size of encoder.mean.weight']), ('nan', ['not finite in encoder.mean.weight (1 such']),
+    ('empty config', ['does not say what net it is of'])])
 def test_checkpoint_that_does_not_fit(tmp_path, how, words):
     """In one line through the real command line."""
     save_checkpoint(str(tmp_path / 'x.pth'), spoiled(how))
@@ -234,6 +239,22 @@ def test_checkpoint_of_a_newer_torch(tmp_path, monkeypatch):
     if tuple(map(int, torch.__version__.split('.')[:2])) >= (1, 6):
         torch.save(small_checkpoint(), str(tmp_path / 'x.pth'))
         assert load_checkpoint(str(tmp_path / 'x.pth'), 'p1_vae')['config'] == SMALL
+
+
+def test_weights_without_a_checkpoint_around_them(tmp_path):
+    torch.save(VAE(**SMALL).state_dict(), str(tmp_path / 'x.pth'), _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match='no checkpoint of this project'):
+        load_checkpoint(str(tmp_path / 'x.pth'), 'p1_vae')
+
+
+def test_want_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    save_checkpoint(str(tmp_path / 'x.pth'), small_checkpoint())
+
+    def load(path, map_location, weights_only=None):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_checkpoint(str(tmp_path / 'x.pth'), 'p1_vae')
 
 
 def test_torn_state_of_a_training_says_what_can_be_done(tmp_path):
@@ -297,7 +318,7 @@ def test_sum_is_what_sha256sum_writes(tmp_path):
     (tmp_path / 'x.pth').write_bytes(b'abc')
     write_sum(str(tmp_path / 'x.pth'))
     assert os.listdir(str(tmp_path)) == ['x.pth']                # no list beside it, none is made
-    (tmp_path / 'SHA256SUMS').write_text('0' * 64 + '  x.pth\n' + '1' * 64 + '  y.pth\n')
+    (tmp_path / 'SHA256SUMS').write_text('0' * 64 + '  x.pth\n\n' + '1' * 64 + '  y.pth')
     write_sum(str(tmp_path / 'x.pth'))
     assert (tmp_path / 'SHA256SUMS').read_text() == (
         'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  x.pth\n'

@@ -82,7 +82,8 @@ def headline():
 
 def results():
     """The results part of README.md, written from the logs alone."""
-    return '\n'.join(['Problems 1 and 2 are not measured yet on the new data kit.', ''] + digit_results()) + '\n'
+    return '\n'.join(['Problems 1 and 2 are not measured yet on the new data kit.', ''] + digit_results()
+                     + script_results()) + '\n'
 
 
 def digit_results():
@@ -107,6 +108,22 @@ def digit_results():
     for label, records, key in rows:
         lines.append(f'| {label} | ' + ' | '.join(cell(accuracies(records or [], target, key)) for target in TARGETS)
                      + ' |')
+    return lines
+
+
+def script_results():
+    """What `python3 tests/benchmark.py scripts` measured."""
+    path = os.path.join(CHECKPOINTS, 'benchmark_scripts.jsonl')
+    if not os.path.exists(path):
+        return []
+    lines = ['', '| command | images | torch | wall time | importing torch | in one process | peak memory |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
+    for record in sorted(read_log(path), key=lambda record: (record['script'], record['torch'])):
+        single = (f'{record["one_process_seconds"]:.1f} s, {record["processes_ratio"]:.2f} times as long as on '
+                  f'{record["cores"]} cores' if 'cores' in record else '')
+        lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
+                     f'| {record["seconds"]:.1f} s | {record["import_seconds"]:.1f} s | {single} '
+                     f'| {record["megabytes"]:.0f} MB |')
     return lines
 
 
