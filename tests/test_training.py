@@ -287,10 +287,10 @@ def test_new_run_over_a_finished_one_is_never_taken_for_it(data_dir, tmp_path):
 
 
 def test_run_leaves_the_saves_of_a_run_beside_it_alone(framed, data_dir, tmp_path):
-    (tmp_path / '.123.run_b_last.pth').write_text('another run is writing this')
-    (tmp_path / '.123.run_last.pth').write_text('a leftover')
+    (tmp_path / '.99999999.run_b_last.pth').write_text('another run is writing this')
+    (tmp_path / '.99999999.run_last.pth').write_text('a leftover')
     assert framed.train(data_dir, tmp_path / 'run.pth', '--steps', '1').returncode == 0
-    assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.123.run_b_last.pth')]
+    assert glob.glob(str(tmp_path / '.*')) == [str(tmp_path / '.99999999.run_b_last.pth')]
 
 
 def test_unfinished_run_is_not_overwritten(framed, data_dir, tmp_path):
