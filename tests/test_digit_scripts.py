@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line, run
+from conftest import ROOT, assert_one_line, refusals, run
 from PIL import Image
 
 DIGITS = os.path.join(ROOT, 'tests', 'digits')
@@ -428,13 +428,14 @@ WRONG = dict(
              ['--train', '--pieces', 'augment,no_discriminator']])
 
 
-@pytest.mark.parametrize('arguments', [
-    [], ['--images', 'x', '--out', 'y'], ['--train', '--plot'], ['--train', '--target', 'mnist'],
-    ['--train', '--target', 'usps', '--source', 'usps'], ['--train', '--source', 'usps'],
-    ['--train', '--ckpt', 'x.pth'], ['--images', 'x', '--target', 'usps'],
-    ['--train', '--steps', '0'], ['--train', '--seed', '-1'], 'own'])
-def test_wrong_flags(script, tmp_path, arguments):
-    for flags in WRONG[script.problem] if arguments == 'own' else [arguments]:
-        result = run(['python3', script.program] + flags, cwd=tmp_path)
-        assert_one_line(result, script.problem + '.py: error:', code=2)
-        assert os.listdir(str(tmp_path)) == []
+def test_wrong_flags(script, tmp_path):
+    """One through the real command line, and the others in one process."""
+    rows = [['--images', 'x', '--out', 'y'], ['--train', '--plot'], ['--train', '--target', 'mnist'],
+            ['--train', '--target', 'usps', '--source', 'usps'], ['--train', '--source', 'usps'],
+            ['--train', '--ckpt', 'x.pth'], ['--images', 'x', '--target', 'usps'], ['--train', '--steps', '0'],
+            ['--train', '--seed', '-1'], ['--train', '--batch_size', str(2 ** 31)]] + WRONG[script.problem]
+    result = run(['python3', script.program], cwd=tmp_path)
+    assert_one_line(result, script.problem + '.py: error: say --images IMAGES --target TARGET --out OUT', code=2)
+    for flags, (code, stderr) in zip(rows, refusals(script.problem, rows, tmp_path)):
+        assert code == 2 and stderr.startswith(script.problem + '.py: error:') and stderr.count('\n') == 1, flags
+    assert os.listdir(str(tmp_path)) == []

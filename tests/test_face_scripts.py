@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line, run
+from conftest import ROOT, assert_one_line, refusals, run
 from PIL import Image
 
 
@@ -184,12 +184,13 @@ WRONG = dict(
         ['--train', '--augment', 'nan']])
 
 
-@pytest.mark.parametrize('arguments', [[], ['--train', '--plot'], ['--out', 'x.png', '--n', '0'],
-                                       ['--out', 'x.png', '--seed', '-1'], ['--nonsense'],
-                                       ['--out', 'x.png', '--device', 'tpu'], 'own'])
-def test_wrong_flags(script, tmp_path, arguments):
-    for flags in WRONG[script.problem[:2]] if arguments == 'own' else [arguments]:
-        result = run(['python3', script.program] + flags, cwd=tmp_path)
-        assert_one_line(result, script.problem + '.py: error:', code=2)
-        assert arguments != 'own' or flags[1] in result.stderr
-        assert os.listdir(str(tmp_path)) == []
+def test_wrong_flags(script, tmp_path):
+    """One through the real command line, and the others in one process."""
+    rows = [['--train', '--plot'], ['--out', 'x.png', '--n', '0'], ['--out', 'x.png', '--seed', '-1'], ['--nonsense'],
+            ['--out', 'x.png', '--device', 'tpu'], ['--out', 'x.png', '--ckpt', '']] + WRONG[script.problem[:2]]
+    result = run(['python3', script.program], cwd=tmp_path)
+    assert_one_line(result, script.problem + '.py: error: say --out OUT', code=2)
+    for flags, (code, stderr) in zip(rows, refusals(script.problem, rows, tmp_path)):
+        assert code == 2 and stderr.startswith(script.problem + '.py: error:') and stderr.count('\n') == 1, flags
+        assert flags not in WRONG[script.problem[:2]] or flags[1] in stderr
+    assert os.listdir(str(tmp_path)) == []

@@ -469,8 +469,7 @@ def test_gan_needs_enough_faces_for_a_score(tmp_path):
     assert_one_line(Trainer('p2_gan').train(few, tmp_path / 'run.pth'), '20 training faces')
 
 
-@pytest.mark.parametrize('setting', ['source', 'target'])
-@pytest.mark.parametrize('augment', ['0', '1'])
+@pytest.mark.parametrize('setting,augment', [('source', '0'), ('target', '1')])
 def test_settings_of_the_digits(data_dir, tmp_path, setting, augment):
     """The bounds are trained, stopped and resumed as DANN is, without a domain discriminator."""
     trainer, one, two = Trainer('p3_dann'), tmp_path / 'one.pth', tmp_path / 'two.pth'
