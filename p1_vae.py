@@ -44,7 +44,7 @@ LEARNING_RATE_WARM_UP = 200  # steps
 KL_WARM_UP = 1000            # steps until lambda_KL has its full value
 GRADIENT_NORM = 0.05         # largest norm of all gradients together
 AVERAGE_DECAY = 0.999        # of the average of the weights, per step
-LOG_EVERY = 50               # steps
+LOG_EVERY = 100              # steps
 SAVE_EVERY = 500             # steps
 
 # figures

@@ -52,7 +52,7 @@ METHODS = dict(              # the generator learns at every generator_every-th 
     wgan_gp=dict(norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5))
 PENALTY = 10                 # weight of WGAN-GP's gradient penalty
 AVERAGE_DECAY = 0.999        # of the average of the generator, per update
-LOG_EVERY = 200              # steps
+LOG_EVERY = 500              # steps
 SAVE_EVERY = 1000            # steps
 SCORED = 1000                # drawn faces in a held-out score
 JUDGE = os.path.join(CHECKPOINTS, 'p1_vae.pth')      # problem 1's VAE: its encoder gives the features

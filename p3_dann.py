@@ -60,7 +60,7 @@ REVERSAL = 0.3               # lambda, the strength of the gradient reversal, at
 ENTROPY = 0.3                # weight of the entropy of target predictions, in nats, at its end
 AVERAGE_DECAY = 0.999        # of the average of the weights, per step
 STATISTICS = 5000            # training images, augmented, that give the batch norms their statistics
-LOG_EVERY = 50               # steps
+LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
 
 # the table: rows of (label, setting, augment), for three scenarios and three seeds each

@@ -73,8 +73,8 @@ DIVERSITY = 0.1              # share of a digit, the even one, below which the t
 SHARES_DECAY = 0.98          # of the average of the teacher's mean prediction, per step
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
-LOG_EVERY = 50               # steps
-SAVE_EVERY = 500             # steps
+LOG_EVERY = 250              # steps
+SAVE_EVERY = 1000            # steps
 
 # the table: rows of (label, pieces, seeds), for three scenarios each; three seeds of plain and improved ADDA, one
 # of what lies between them; and as controls two of these without the discriminator
