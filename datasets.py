@@ -546,14 +546,17 @@ def embed(features):
 
 def draw_points(axes, points, labels, names, markers=None):
     """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1."""
-    size, alpha = (14, 0.75) if markers is None else (32, 1)      # a written marker has thin strokes
+    size, alpha = (9, 0.75) if markers is None else (22, 1)      # a written marker has thin strokes
     markers = markers or MARKERS
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
         axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=markers[label],
                      alpha=alpha, linewidths=0, label=f'{name} ({len(chosen)})')
-    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
-    axes.legend(markerscale=1.8, loc='upper left', bbox_to_anchor=(1, 1))      # beside the points
+    axes.set_xlabel('t-SNE dimension 1 (no unit)', fontsize=7)
+    axes.set_ylabel('t-SNE dimension 2 (no unit)', fontsize=7)
+    axes.tick_params(labelsize=7)
+    # beside the points
+    axes.legend(markerscale=1.2, loc='upper left', bbox_to_anchor=(1, 1), fontsize=7, handletextpad=0.2, frameon=False)
 
 
 # ------------------------------------------------------------- data and figures of problems 3 and 4
@@ -651,7 +654,7 @@ def pick_test_images(digits):
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(6.5, 3.3, columns=2)
+    figure, axes = new_figure(6.5, 2.9, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
                 [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])

@@ -247,9 +247,9 @@ def plot_learning_curves(path, curves):
         one.tick_params(labelsize=7)
         one.grid(True, alpha=0.25)
     axes[0].set_yscale('log')
-    axes[0].set_title('Label loss of source images (nats)', fontsize=8)
+    axes[0].set_title('Label loss, source (nats)', fontsize=8)
     axes[1].set_title('Accuracy of the discriminator', fontsize=8)
-    axes[2].set_title('Entropy of target predictions (nats)', fontsize=8)
+    axes[2].set_title('Entropy, target (nats)', fontsize=8)
     axes[2].legend(fontsize=7)
     save_figure(path, figure)
 

@@ -350,7 +350,7 @@ def plot_learning_curves(path, curves):
         one.grid(True, alpha=0.25)
         one.set(xlim=(0, steps))
     axes[0].set_yscale('log')
-    axes[0].set_title('Label loss of source images (nats)', fontsize=8)
+    axes[0].set_title('Label loss, source (nats)', fontsize=8)
     axes[1].set_title('Accuracy of the discriminator', fontsize=8)
     axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)', fontsize=8)
     axes[2].legend(fontsize=7, loc='lower right')
