@@ -511,8 +511,8 @@ class Run(object):
             for name, value in facts.items():
                 if self.state['facts'].get(name) != value:
                     raise UserError(f'{self.state_path} was started with {name.replace("_", " ")} '
-                                    f'{self.state["facts"].get(name)}, and now there is {value}: give it back what it '
-                                    'was started with, or delete it to start anew')
+                                    f'{self.state["facts"].get(name)}, and now it is {value}: resume with the data and '
+                                    'the files of that start, or delete it to start anew')
         else:
             self.records.append(dict(
                 kind='run', command=self.command, settings=self.settings, device=self.device.type,

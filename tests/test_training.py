@@ -310,7 +310,7 @@ def test_resume_with_other_data(framed, own_data_dir, tmp_path):
     os.remove(os.path.join(folder, lines[-1].split(',')[0]))
     with open(folder + '.csv', 'w') as file:
         file.writelines(lines[:-1])
-    assert_one_line(framed.train(own_data_dir, ckpt, '--resume'), 'was started with held out 4, and now there is 3',
+    assert_one_line(framed.train(own_data_dir, ckpt, '--resume'), 'was started with held out 4, and now it is 3',
                     'delete it to start anew')
 
 
