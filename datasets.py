@@ -1,7 +1,7 @@
-"""Every file that is not weights: the assignment's images and labels in, pictures and tables out.
+"""Read the assignment's images and labels, augment images, and write pictures, tables and figures.
 
 Images are kept as uint8 in memory and become floats batch by batch; whatever can be wrong with a
-user's file or path ends in one UserError that names the cause and the fix.  The last section is what
+user's file or path ends in one UserError that names the cause and the fix.  The last section holds what
 the command lines of all scripts share.
 """
 import argparse
@@ -27,7 +27,7 @@ FACE_SIZE = 64             # pixels, height and width of a face
 DIGIT_SIZE = 28            # pixels, height and width of a digit
 SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}     # the assignment's scenarios
 DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN', 'usps': 'USPS'}     # as figures and tables print them
-HELD_OUT = 500             # training images of a set that are kept apart, never trained on
+HELD_OUT = 500             # training images of a set that are held out; DANN adapts to those of its target too
 HELD_OUT_SEED = 2020       # fixes which ones, whatever --seed is
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg')
@@ -51,8 +51,8 @@ def list_images(folder):
     device with an image's name.  A broken link is listed, so that reading it fails.
     """
     if not os.path.isdir(folder):
-        raise UserError(f'there is no folder {folder}: name the right place, for training data with '
-                        '--data_dir and laid out as README.md shows')
+        raise UserError(f'there is no folder {folder}: correct the path; for training, --data_dir must name a '
+                        'folder that is laid out as README.md shows')
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)
                    and not name.startswith('.') and not os.path.isdir(os.path.join(folder, name)))
     for name in names:
@@ -142,10 +142,10 @@ def read_images(folder, names, size):
 def read_csv(path, names):
     """Read a label file (header image_name,...) as a DataFrame of texts, a row for each name, in their order.
 
-    The values may be separated by commas, semicolons or tabs.  Spaces around them, the case of image_name
-    and label, empty values at the ends of rows, a byte order mark, empty lines, a line before the header that
-    begins with # or sep=, the header once more, a folder before a name and a missing ending of it make no
-    difference.  Raises UserError if the file is missing, empty or malformed, if a row has no image in names,
+    The values may be separated by commas, semicolons or tabs.  The following is ignored: spaces around values,
+    the case of image_name and label, empty values at the ends of rows, a byte order mark, empty lines, lines
+    before the header that begin with # or sep=, a repeated header, and a folder before a name.  A name may lack
+    its ending.  Raises UserError if the file is missing, empty or malformed, if a row has no image in names,
     or an image has no row or two.
     """
     import pandas as pd
@@ -163,7 +163,7 @@ def read_csv(path, names):
     for line, cells in rows[1:]:
         if len(cells) != len(header):
             raise UserError(f'{path} has {len(cells)} values in line {line} and {len(header)} columns in its header: '
-                            'mend that line')
+                            'correct that line')
     table = pd.DataFrame([cells for _, cells in rows[1:]], columns=header, dtype=str)
     if (table['image_name'] == '').any():
         raise UserError(f'{path} has a row without an image_name: delete or complete it')
@@ -205,7 +205,7 @@ def read_rows(path):
         try:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
         except csv.Error as error:
-            raise UserError(f'{path} cannot be read in line {number} ({error}): mend that line') from error
+            raise UserError(f'{path} cannot be read in line {number} ({error}): correct that line') from error
         cells = [cell.strip() for cell in cells]
         while len(cells) > len(rows[0][1] if rows else ()) and cells[-1] == '':
             cells.pop()                    # a separator at the end of the row
@@ -311,7 +311,7 @@ def split_held_out(count):
 
 
 def content_sum(*tensors):
-    """Return a checksum of tensors, by which a resumed run knows its data again."""
+    """Return a checksum of tensors, by which a resumed run recognises its data."""
     total = 0
     for tensor in tensors:
         total = zlib.crc32(tensor.numpy(), total)
@@ -337,7 +337,7 @@ def augment_digits(images, strength, rng, backgrounds=None):
     An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees,
     sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; a smooth random
     background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
-    2016: the absolute difference); it is blurred; colours are inverted in every second image and mixed
+    2016: the absolute difference); half of the images are blurred; colours are inverted with probability 1/2 and mixed
     by a random matrix; Gaussian noise is added.  0 changes nothing; the result of another strength may
     leave [0, 1].
     """
@@ -384,7 +384,7 @@ def random_patches(images, rng):
 
 
 def balanced_rows(labels, count, rng):
-    """Draw count row numbers, with replacement, such that every class of labels (N,) is as likely."""
+    """Draw count row numbers, with replacement, such that every class in labels (N,) is equally likely."""
     weights = 1 / torch.bincount(labels).float()[labels]
     return torch.multinomial(weights, count, replacement=True, generator=rng)
 
@@ -404,7 +404,7 @@ def check_out(path, endings=None):
 
 
 def check_no_device(path):
-    """Raise UserError if path is a pipe or a device, which os.replace would put a file in the place of."""
+    """Raise UserError if path is a pipe or a device, because os.replace would replace it by a file."""
     if is_pipe_or_device(path):
         raise UserError(f'{path} is a device or a pipe: name a file to write')
 
@@ -412,8 +412,8 @@ def check_no_device(path):
 def write_whole(path, write):
     """Let write(temporary path) make a file or a folder, then rename it: path is whole or untouched.
 
-    The parent folder is made if need be; the temporary name lies in it and has path's ending.  Of a link
-    the file behind it is written.  Raises UserError with path and the reason.
+    The parent folder is made if need be; the temporary name lies in it and has path's ending.  If path is a
+    link, the file that it points to is written.  Raises UserError with path and the reason.
     """
     check_no_device(path)
     path = os.path.realpath(path)
@@ -763,7 +763,7 @@ def parse_shared(parser, problem, needs, argv):
         if args.target and args.source == args.target:
             parser.error(f'--source {args.source} is the target: name another domain')
         if args.train and not args.target and (args.ckpt or args.source):
-            parser.error('--ckpt and --source are for one run: say its --target too')
+            parser.error('--ckpt and --source are for one run: give its --target too')
     if args.plot:
         args.out = args.out or 'figures'
     elif not args.train and not all(getattr(args, name) for name in needs):

@@ -10,8 +10,8 @@ sum=$(grep -s "  $name" "$here/checkpoints/SHA256SUMS") || fail "has no line in 
 if ! good "$file"; then
   url=${CHECKPOINT_URL:-$(head -n 1 "$here/checkpoints/URL" 2>/dev/null | tr -d '\r' || true)}
   [ -n "$url" ] || fail "is missing or damaged, and no address is known: $fix"
-  for try in "the rest" "anew"; do   # a part of another file has a wrong sum in the end: once more, from nothing
-    wget -q -c -T 30 -t 3 -O "$file.part" "${url%/}/$name" 2>/dev/null || fail "did not come from $url (wget says $?; 3: cannot write checkpoints/, 4: no network or no such host, 5: its certificate is not trusted, 8: not there, 127: no wget): $fix"
+  for try in "the rest" "anew"; do   # if the continued file has a wrong SHA-256, once more from the start
+    wget -q -c -T 30 -t 3 -O "$file.part" "${url%/}/$name" 2>/dev/null || fail "did not come from $url (wget says $?; 3: cannot write checkpoints/, 4: no network or no such host, 5: its certificate is not trusted, 8: the server refused or lacks it, 127: no wget): $fix"
     if good "$file.part"; then break; elif [ "$try" = anew ]; then : > "$file.part"; fail "from $url has a wrong SHA-256: $fix"; fi
     : > "$file.part"
   done

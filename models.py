@@ -152,7 +152,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(N, 3, 64, 64) float in [-1, 1] -> (N,) scores without bound, high for real (ibid.).
+    """(N, 3, 64, 64) float in [-1, 1] -> (N,) unbounded scores, high for real images (same source).
 
     channels are those at 32, 16, 8 and 4 pixels.  norm is what follows the inner convolutions:
     'batch' norm; 'layer' norm over channels and pixels, which looks at one image alone; or
@@ -617,7 +617,7 @@ def state_of(problem):
 
 
 def remove_leftovers(base):
-    """Remove what a run left that was killed in a save; not what another run writes now."""
+    """Remove the temporary files of a run that was killed while saving, but not those of a live run."""
     folder, stem = os.path.split(os.path.abspath(base))
     name = re.compile(r'\.(\d+)\.' + re.escape(stem) + r'(\.pth|\.jsonl|_last\.pth|_last\.jsonl)?')
     for leftover in os.listdir(folder) if os.path.isdir(folder) else ():
@@ -751,7 +751,7 @@ def load_net(kind, path, problem, device):
             weights[name] = value
         sizes, found = [{name: tuple(value.shape) for name, value in state.items()}
                         for state in (net.state_dict(), weights)]
-    except Exception as error:     # of what is in the file's config and net nothing is known
+    except Exception as error:     # the file's config and net may hold anything
         if is_out_of_memory(error):
             raise
         reason = f'{type(error).__name__}: {str(error)[:80]}'
@@ -873,8 +873,8 @@ def measure_digits(net, images, labels, watched, device):
 def label_folder(problem, ckpt, target, folder, batch_size, device):
     """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
 
-    A CPU divides the images between as many processes as it has cores.  An image's label depends on
-    that image alone.
+    On Linux, a CPU divides the images among one process for each core, at most PROCESSES.  An image's label
+    depends on that image alone.
     """
     torch.set_num_threads(1)               # in each process; two threads would wait for a busy core
     net, checkpoint = load_net(DigitNet, ckpt, problem, device)

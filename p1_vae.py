@@ -1,8 +1,9 @@
 """Problem 1: a variational autoencoder that reconstructs and draws 64x64 faces.
 
 Kingma and Welling 2014 (arXiv 1312.6114), with the weight lambda_KL of Higgins et al. 2017 (beta-VAE)
-as the slides ask for it.  Differences from the paper: residual blocks, and an average of the weights
-over the training steps (EMA) is what is kept.
+as the slides ask for it.  Differences from the paper: the net is convolutional with residual blocks,
+lambda_KL is warmed up, gradients are clipped, faces are mirrored at random, and an average of the weights
+over the training steps (EMA) is kept.
 
     bash hw3_p1.sh fig1_4.png                          draw 32 faces, as the grader does
     python3 p1_vae.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -57,7 +58,7 @@ PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see Sources
 
 
 def constants():
-    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
     return dict(NET=NET, LEARNING_RATE=LEARNING_RATE, LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP,
                 KL_WARM_UP=KL_WARM_UP, GRADIENT_NORM=GRADIENT_NORM, AVERAGE_DECAY=AVERAGE_DECAY)
 

@@ -65,7 +65,7 @@ SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/be
 
 
 def constants():
-    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
     return dict(NET=NET, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, METHODS=METHODS, PENALTY=PENALTY,
                 AVERAGE_DECAY=AVERAGE_DECAY, SCORED=SCORED)
 
@@ -107,7 +107,7 @@ def augment(images, strength, rng):
 
     At strength 1 brightness moves by up to 0.5, saturation is multiplied by 0 to 2 and contrast by 0.5
     to 1.5, the image moves by up to an eighth and a square of half its side is blanked; 0 changes
-    nothing.  What comes in from outside is 0, grey.  Source: Zhao et al. 2020 (DiffAugment), 'color,
+    nothing.  Pixels from outside the image are 0, grey.  Source: Zhao et al. 2020 (DiffAugment), 'color,
     translation, cutout'.
     """
     if strength == 0:
@@ -239,7 +239,7 @@ def train(args):
             update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
         # log and save
         if run.logs:
-            # a large gap between D(held_out) and D(real) says that it knows its images by heart
+            # a large gap between D(held_out) and D(real) means that D overfits the training images
             rows = torch.randint(len(held_out), (run.batch_size,), generator=rng)
             with torch.no_grad():
                 scalars['held_out'] = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),

@@ -1,8 +1,8 @@
 """Problem 3: domain-adversarial training (DANN) that reads digits in a domain without labels.
 
 Ganin et al. 2016 (JMLR 17, arXiv 1505.07818).  Differences from the paper: the input is normalised image
-by image, the two domains pass through the nets in batches of their own, source batches hold the ten
-classes in equal numbers, images are augmented, and what is kept is an average of the weights over the
+by image, the two domains pass through the nets in batches of their own, source batches draw the ten
+classes with equal probability, images are augmented, and what is kept is an average of the weights over the
 training steps (EMA) with the batch statistics of unlabelled target training images, augmented as they
 are in training.  That is --setting dann; dann_entropy, which is shipped, also lowers the entropy of the
 predictions for target images (Grandvalet and Bengio 2005; beside DANN: Shu et al. 2018, arXiv
@@ -16,11 +16,12 @@ latter too (AdaBN, Li et al. 2016, arXiv 1603.04779), so that what they give is 
     python3 p3_dann.py --train --resume                train the whole table; goes on after a stop
     python3 p3_dann.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
-Rule of choice: the schedule is fixed and its last average is kept; shipped is seed 0.  No target label
-is read but by the upper bound; the test images are measured once, at the end of --train.  The constants
-were set on an older data kit, by runs without a test.  What was compared: the spread and confidence of
-the predictions on 500 unlabelled target training images (the nuclear norm of their probabilities, Cui et
-al. 2020, arXiv 2003.12237), the agreement of two nets, and the accuracy on held-out source images.
+Rule of choice: the schedule is fixed, the last average is kept, and the run of seed 0 is shipped.  Only
+the upper bound trains on target labels.  The test images are measured once, at the end of --train.  The
+constants were set on an older data kit, without measuring test images.  These were compared: the spread
+and confidence of the predictions on 500 unlabelled target training images (the nuclear norm of their
+probabilities, Cui et al. 2020, arXiv 2003.12237), the agreement of two nets, and the accuracy on
+held-out source images.
 """
 import copy
 import itertools
@@ -73,7 +74,7 @@ PUBLISHED = (61.0, 55.9, 75.8)
 
 
 def constants():
-    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
     return dict(NET=NET, DISCRIMINATOR_HIDDEN=DISCRIMINATOR_HIDDEN, LEARNING_RATE=LEARNING_RATE,
                 LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP, REVERSAL=REVERSAL, ENTROPY=ENTROPY,
                 AVERAGE_DECAY=AVERAGE_DECAY, STATISTICS=STATISTICS)
@@ -139,7 +140,7 @@ def train_run(run, data_dir):
         list(net.parameters()) + list(discriminator.parameters()), lr=LEARNING_RATE, betas=(0.9, 0.99)))
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
-        # batch: the ten classes in equal numbers; any unlabelled images
+        # batch: labelled images with every class equally likely; unlabelled images at random
         rows = training[balanced_rows(labelled.labels[training], run.batch_size, rng)]
         labels = labelled.labels[rows].to(device)
         x = on_device(augment_digits(to_float(labelled.images[rows]), augmented, rng), device)

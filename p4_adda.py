@@ -1,9 +1,9 @@
 """Problem 4: ADDA, improved piece by piece, that reads digits in a domain without labels.
 
 Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder,
-and train the copy on target images to fool a discriminator, which tells its features from those of the
-source encoder; the classifier stays as it is.  Differences from the paper, in plain ADDA too: source
-batches hold the ten classes in equal numbers, and what is kept is an average of the weights over the
+and train the copy on target images to fool a discriminator, which tells its features from those of
+the source encoder; the classifier does not change.  Differences from the paper, in plain ADDA too: source
+batches draw the ten classes with equal probability, and what is kept is an average of the weights over the
 steps (EMA) with the batch statistics of unlabelled target training images.  Where the discriminator
 alone teaches the encoder, it learns at a fiftieth of the discriminator's rate.  --pieces names what is
 added:
@@ -26,7 +26,7 @@ added:
     python3 p4_adda.py --train --resume                train the whole table; goes on after a stop
     python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
-Rule of choice: the schedule is fixed and its last average is kept; shipped is seed 0 with all pieces.
+Rule of choice: the schedule is fixed and its last average is kept; the run of seed 0 with all pieces is shipped.
 No target label is used; the test images are measured once, at the end of --train.  The constants were
 set as in problem 3.
 """
@@ -88,7 +88,7 @@ PUBLISHED = (68.0, 59.2, 86.1)
 
 
 def constants():
-    """Return what a run's settings keep of the method beside the flags: --resume mixes no two methods."""
+    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
     return dict(NET=NET, DISCRIMINATOR_HIDDEN=DISCRIMINATOR_HIDDEN, LEARNING_RATE=LEARNING_RATE,
                 LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP, ADVERSARIAL=ADVERSARIAL, CONFIDENT=CONFIDENT,
                 DIVERSITY=DIVERSITY, SHARES_DECAY=SHARES_DECAY, AVERAGE_DECAY=AVERAGE_DECAY, STATISTICS=STATISTICS)
@@ -107,7 +107,7 @@ def discriminator_input(features, logits, conditional):
 
 
 def fooling_loss(target):
-    """Mean loss of the discriminator's logits (N,) for target images, called source.
+    """Mean loss of the discriminator's logits (N,) for target images, with the label of the source domain.
 
     Source: Tzeng et al. 2017, eq. 9, the third line.
     """
@@ -126,11 +126,11 @@ def confident_loss(logits, probabilities):
 
 
 def diversified(probabilities, shares):
-    """Divide probabilities (N, 10) by the classes' shares (10,), at most DIVERSITY; then rows sum to 1.
+    """Divide probabilities (N, 10) by min(shares (10,), DIVERSITY), and normalise each row to sum 1.
 
     shares > 0 is what the mean of the probabilities has been of late.  Source: after Wang et al. 2022
     (arXiv 2201.01490), who subtract a part of the logarithm of every share from the logits; here a class
-    short of DIVERSITY is made up for wholly, and the others are left alone.
+    below DIVERSITY is corrected in full, and the other classes are left alone.
     """
     adjusted = probabilities / shares.clamp(max=DIVERSITY)
     return adjusted / adjusted.sum(1, keepdim=True)
@@ -206,7 +206,7 @@ def train_run(run, data_dir):
                              ('target_optimizer', net if 'anchor' in pieces else net.encoder))]
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
-        # batch: the ten classes in equal numbers; any unlabelled images
+        # batch: labelled images with every class equally likely; unlabelled images at random
         rows = training[balanced_rows(source.labels[training], run.batch_size, rng)]
         labels = source.labels[rows].to(device)
         x = view(to_float(source.images[rows]), unlabelled, adapting, pieces, rng, device)
