@@ -891,9 +891,9 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
     shares = [names[start:start + SHARE] for start in range(0, len(names), SHARE)]
     # forked processes have the net without loading it; elsewhere than on Linux forking is not safe
     count = min(PROCESSES, len(os.sched_getaffinity(0)), len(shares)) if sys.platform == 'linux' else 1
+    found = in_processes(1 if device.type == 'cuda' else count, label_share, shares, net, folder, batch_size, device)
     labels, flat, shown = [], [], time.time()
-    for share, (digits, of_one_colour) in zip(shares, in_processes(
-            1 if device.type == 'cuda' else count, label_share, shares, net, folder, batch_size, device)):
+    for (digits, of_one_colour), share in zip(found, shares):      # found first: it ends its processes at its end
         labels += digits
         flat += [name for name, one in zip(share, of_one_colour) if one]
         if time.time() - shown > 2:

@@ -293,8 +293,6 @@ def plot(args):
     generator, checkpoint = load_net(Generator, ckpt, PROBLEM, device)
     judge = load_net(VAE, JUDGE, 'p1_vae', device)[0]
     log, scores = read_log(base_of(ckpt) + '.jsonl'), read_log(SAMPLES)
-    if not scores:
-        raise UserError(f'{SAMPLES} is empty: restore it with git, or run tests/benchmark.py samples')
     training = FaceImages(args.data_dir, 'train').images
     images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
     discriminator = Discriminator(**checkpoint['discriminator_config'])
