@@ -25,9 +25,11 @@ from PIL import Image, ImageOps
 
 FACE_SIZE = 64             # pixels, height and width of a face
 DIGIT_SIZE = 28            # pixels, height and width of a digit
-SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}     # the assignment's scenarios
+# source of each target: in the assignment's scenarios, and in those of sister assignments
+SOURCE_OF = {'mnistm': 'usps', 'svhn': 'mnistm', 'usps': 'svhn'}
+DIRECTIONS = dict(asked=SOURCE_OF, others={'mnistm': 'svhn', 'svhn': 'usps', 'usps': 'mnistm'})
 DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN', 'usps': 'USPS'}     # as figures and tables print them
-HELD_OUT = 500             # training images of a set that are held out; DANN adapts to those of its target too
+HELD_OUT = 500             # training images of a set that are held out
 HELD_OUT_SEED = 2020       # fixes which ones, whatever --seed is
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg')
@@ -335,8 +337,9 @@ def augment_digits(images, strength, rng, backgrounds=None):
     """Change the shape, background and colours of (N, 3, 28, 28) digits in [0, 1], each in its own way.
 
     An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees,
-    sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; a smooth random
-    background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
+    sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; for half of the images the
+    contrast around a random grey is raised by up to exp(2), so that strokes become sharp, thick or thin; a smooth
+    random background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
     2016: the absolute difference); half of the images are blurred; colours are inverted with probability 1/2 and mixed
     by a random matrix; Gaussian noise is added.  0 changes nothing; the result of another strength may
     leave [0, 1].
@@ -361,6 +364,9 @@ def augment_digits(images, strength, rng, backgrounds=None):
         torch.stack([height * sin, height * (shear * sin + cos), down], 1)], 1)
     x = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False),
                       padding_mode='border', align_corners=False)
+    # strokes of some sources are blurred, while those of a target may be sharp
+    contrast, grey = (strength * uniform(-2, 2, 1, 1, 1).clamp(min=0)).exp(), uniform(0.15, 0.5, 1, 1, 1)
+    x = (grey + contrast * (x - grey)).clamp(0, 1)
     if backgrounds is None:
         backgrounds = F.interpolate(torch.rand(count, 3, 6, 6, generator=rng), size=images.shape[2:],
                                     mode='bicubic', align_corners=False)
@@ -593,12 +599,14 @@ def with_other_accuracy(records, name):
     return [dict(record, accuracy=record[name]) for record in records]
 
 
-def plot_table(base, title, rows, asked=0):
+def plot_table(base, title, rows, asked=0, directions=None):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
     rows is a list of (label, records of the results log), of which those without a run are left out; the
-    labels of the first, which the assignment asked for, are bold.  All values are in percent.
+    labels of the first, which the assignment asked for, are bold.  directions maps targets to sources; left
+    out, they are the assignment's.  All values are in percent.
     """
+    directions = sorted((directions or SOURCE_OF).items())
     lines, cells = [], []
     bold = [label for label, records in rows[:asked] if records]
     rows = [row for row in rows if row[1]]
@@ -606,7 +614,7 @@ def plot_table(base, title, rows, asked=0):
         raise UserError('no finished run has the settings of the table: --train --resume makes them')
     for label, records in rows:
         cells.append([])
-        for target, source in sorted(SOURCE_OF.items()):
+        for target, source in directions:
             by_seed = {record['seed']: 100 * record['accuracy'] for record in records
                        if (record['source'], record['target']) == (source, target)}
             values = list(by_seed.values())
@@ -627,7 +635,7 @@ def plot_table(base, title, rows, asked=0):
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
                        cellLoc='center', bbox=[0.22, 0, 0.78, 1],
-                       colLabels=[scenario_name(target).replace(' to ', ' \u2192 ') for target in sorted(SOURCE_OF)])
+                       colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ') for one in directions])
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)
     for (row, _), cell in table.get_celld().items():
@@ -649,6 +657,16 @@ def pick_test_images(digits):
     images, labels = [torch.cat([getattr(one, name)[chosen] for one, chosen in zip(digits, rows)])
                       for name in ('images', 'labels')]
     return images, labels.numpy(), np.repeat([0, 1], count)
+
+
+def plot_domains(path, domains):
+    """A row of eight images of each of domains (a dict from titles to DigitImages), the same at every call."""
+    figure, all_axes = new_figure(6.5, 0.9 * len(domains), rows=len(domains))
+    for axes, (title, digits) in zip(all_axes, domains.items()):
+        chosen = np.random.RandomState(0).permutation(len(digits.names))[:8]
+        draw_pixels(axes, make_grid(digits.images[torch.from_numpy(chosen)], columns=8))
+        axes.set_title(title + ': ' + ', '.join(str(label) for label in digits.labels[chosen].tolist()), fontsize=8)
+    save_figure(path, figure)
 
 
 def plot_features(path, title, features, labels, domains):
@@ -733,12 +751,15 @@ def new_parser(problem, about, defaults, does, writes):
 
 
 def add_domains(parser):
-    """Add the flags of problems 3 and 4: a folder to label, the target and the source."""
+    """Add the flags of problems 3 and 4: a folder to label, the target and the source, and which table."""
     parser.add_argument('--images', help='folder of the images to label')
     parser.add_argument('--target', choices=sorted(SOURCE_OF),
                         help='domain without labels; --train without it: the whole table')
     parser.add_argument('--source', choices=sorted(SOURCE_OF),
                         help='--train: domain with labels (the assignment\'s partner of the target)')
+    parser.add_argument('--directions', choices=sorted(DIRECTIONS),
+                        help='--train without --target: the table of the scenarios that this assignment asked for, or '
+                        'of the others (asked)')
 
 
 def parse_shared(parser, problem, needs, argv):
@@ -764,6 +785,8 @@ def parse_shared(parser, problem, needs, argv):
             parser.error(f'--source {args.source} is the target: name another domain')
         if args.train and not args.target and (args.ckpt or args.source):
             parser.error('--ckpt and --source are for one run: give its --target too')
+        if args.directions and (args.target or not args.train):
+            parser.error('--directions names a table: say --train, and no --target')
     if args.plot:
         args.out = args.out or 'figures'
     elif not args.train and not all(getattr(args, name) for name in needs):

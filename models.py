@@ -26,8 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets import (DIGIT_SIZE, SOURCE_OF, UserError, check_no_device, is_out_of_memory, list_images, read_images,
-                      to_float, warn, write_whole)
+from datasets import (DIGIT_SIZE, DIRECTIONS, SOURCE_OF, UserError, check_no_device, is_out_of_memory, list_images,
+                      read_images, to_float, warn, write_whole)
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
@@ -870,6 +870,16 @@ def measure_digits(net, images, labels, watched, device):
                 predicted_shares=[(probabilities.argmax(1) == digit).float().mean().item() for digit in range(10)])
 
 
+def measure_target(net, test, target, watched, device):
+    """Measure a net in eval() at the end of its run, for which no label that is read here has chosen anything.
+
+    test and target are the DigitImages of the target's test and training images; watched are the rows of the
+    latter that were held out.  Returns a dict: the number of test images, the accuracy on them and on watched.
+    """
+    return dict(images=len(test.names), accuracy=accuracy(net, test.images, test.labels, device),
+                held_out_accuracy=accuracy(net, target.images[watched], target.labels[watched], device))
+
+
 def label_folder(problem, ckpt, target, folder, batch_size, device):
     """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
 
@@ -985,12 +995,12 @@ def results_path(problem):
 def digit_runs(args, problem, defaults, constants, cells, name_of):
     """Yield the Run of --target, or every Run of the table that the other flags leave and that is to be trained.
 
-    cells are the settings of the table's runs, name_of(settings) names one.  With --resume finished runs
-    are left out; between runs the results of all that are finished are gathered.
+    cells are the settings of the runs of both tables (--directions), name_of(settings) names one.  With --resume
+    finished runs are left out; between runs the results of all that are finished are gathered.
     """
     table = []
     for cell in cells:
-        settings = dict(defaults, source=SOURCE_OF[cell['target']], **cell)
+        settings = dict(defaults, **cell)
         table.append((settings, run_path(problem, defaults, settings, name_of(settings))))
     flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     if args.target:
@@ -1000,9 +1010,10 @@ def digit_runs(args, problem, defaults, constants, cells, name_of):
         if not args.ckpt:
             gather_results(problem, table, constants, name_of)
         return
-    names = set(cells[0])
+    names, sources = set(cells[0]), DIRECTIONS[args.directions or 'asked']
     chosen = [(dict(settings, **flags), path) for settings, path in table
-              if all(settings[name] == value for name, value in flags.items() if name in names)]
+              if settings['source'] == sources[settings['target']]
+              and all(settings[name] == value for name, value in flags.items() if name in names)]
     if not chosen:
         raise UserError('no run of the table has these flags: add --target to train a run of its own')
     for settings, _ in chosen:

@@ -13,17 +13,113 @@ import json
 import os
 import sys
 
+import numpy as np
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from datasets import UserError, run_command, write_whole                            # noqa: E402
+import p3_dann                                                                      # noqa: E402
+import p4_adda                                                                      # noqa: E402
+from datasets import DIRECTIONS, SOURCE_OF, UserError, run_command, scenario_name, write_whole      # noqa: E402
+from models import base_of, read_log, results_path, rows_of                         # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
+NOT_YET = 'not measured yet'
+
+
+def training(log):
+    """What the first record and the last measured speed of a training's log say, as texts."""
+    run = next(record for record in log if record['kind'] == 'run')
+    last = [record for record in log if record['kind'] == 'train'][-1]
+    images = last['step'] * run['settings']['batch_size']
+    return dict(minutes=f'{images / last["images_per_second"] / 60:.0f}', steps=f'{last["step"]:,}',
+                batch=f'{run["settings"]["batch_size"]}', parameters=f'{run["parameters"] / 1e6:.2f}')
+
+
+def numbers(module, *names):
+    """The constants of a script as texts, without trailing zeros."""
+    return {name: f'{getattr(module, name):g}' for name in names}
+
+
+def values_of(records, target, source, key='accuracy', seed=None):
+    """Accuracies in percent of the runs of a scenario, in the order of their seeds."""
+    return [100 * record[key] for record in sorted(records, key=lambda record: record['seed'])
+            if (record['target'], record['source']) == (target, source) and seed in (None, record['seed'])]
+
+
+def table_of(problem):
+    """{name of a row: its records}, empty while no run of the problem's table is finished."""
+    return rows_of(problem) if os.path.exists(results_path(problem)) else {}
+
+
+def means():
+    """Mean accuracies as texts, named like svhn_dann; and like usps_from_mnistm_dann in the other directions."""
+    rows = dict(table_of('p4_adda'), **table_of('p3_dann'))
+    found = {}
+    for directions in DIRECTIONS.values():
+        for target, source in directions.items():
+            begin = target if directions is SOURCE_OF else f'{target}_from_{source}'
+            for name in ('source', 'dann', 'dann_entropy', 'target', 'plain', 'improved', 'source_not_augmented',
+                         'dann_entropy_not_augmented', 'improved_no_discriminator'):
+                for key, end in (('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before')):
+                    records = [record for record in rows.get(name, []) if key in record]
+                    values = values_of(records, target, source, key)
+                    found[f'{begin}_{name}{end}'] = f'{np.mean(values):.1f}' if values else NOT_YET
+    return found
+
+
+def told_apart():
+    """Percent of the images whose domain the discriminator names, at the end of its training, seed 0."""
+    found = {}
+    for name, module, flags in (('dann', p3_dann, dict(setting='dann')), ('dann_entropy', p3_dann, {}),
+                                ('improved', p4_adda, {}), ('plain', p4_adda, dict(pieces=''))):
+        for target in SOURCE_OF:
+            path = base_of(module.shipped(target, **flags)) + '.jsonl'
+            shares = [record['domain_accuracy'] for record in read_log(path) if 'domain_accuracy' in record
+                      ] if os.path.exists(path) else []
+            found[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}' if shares else NOT_YET
+    return found
+
+
+def ablation():
+    """Rows of label and accuracies of seed 0, in brackets before adaptation."""
+    rows, lines = table_of('p4_adda'), []
+    for label, pieces, _ in p4_adda.ROWS + p4_adda.CONTROLS:
+        records = rows.get(p4_adda.name_of(dict(pieces=pieces)), [])
+        lines.append([label])
+        for target, source in sorted(SOURCE_OF.items()):
+            values, before = [values_of(records, target, source, key, seed=0)
+                              for key in ('accuracy', 'unadapted_accuracy')]
+            lines[-1].append(f'{values[0]:.1f} ({before[0]:.1f})' if values else NOT_YET)
+    return lines
+
+
+def digit_values():
+    constants = p3_dann.constants()
+    measured = {number: all(values_of(table_of(problem).get(row, []), *scenario) for scenario in SOURCE_OF.items())
+                for number, problem, row in (('3', 'p3_dann', 'dann_entropy'), ('4', 'p4_adda', 'improved'))}
+    found = dict(measured=[number for number in sorted(measured) if measured[number]],
+                 scenarios=[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(SOURCE_OF.items())],
+                 others=[scenario_name(*scenario).replace(' to ', ' → ')
+                         for scenario in sorted(DIRECTIONS['others'].items())],
+                 means=means(), told_apart=told_apart(), ablation=ablation())
+    if measured['3']:
+        found['dann'] = dict(
+            training(read_log(base_of(p3_dann.shipped('svhn')) + '.jsonl')),
+            channels=', '.join(map(str, constants['NET']['channels'])), dropout=f'{constants["NET"]["dropout"]:g}',
+            hidden=str(constants['DISCRIMINATOR_HIDDEN']),
+            **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY', 'AVERAGE_DECAY',
+                      'STATISTICS'))
+    if measured['4']:
+        found['adda'] = dict(
+            training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
+            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY'))
+    return found
 
 
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
-    return dict(measured=[], faces='40,000')
+    return dict(digit_values(), faces='40,000')
 
 
 def build(args):

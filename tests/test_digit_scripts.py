@@ -432,7 +432,8 @@ def test_wrong_flags(script, tmp_path):
     """One through the real command line, and the others in one process."""
     rows = [['--images', 'x', '--out', 'y'], ['--train', '--plot'], ['--train', '--target', 'mnist'],
             ['--train', '--target', 'usps', '--source', 'usps'], ['--train', '--source', 'usps'],
-            ['--train', '--ckpt', 'x.pth'], ['--images', 'x', '--target', 'usps'], ['--train', '--steps', '0'],
+            ['--train', '--ckpt', 'x.pth'], ['--train', '--target', 'usps', '--directions', 'others'],
+            ['--plot', '--directions', 'others'], ['--images', 'x', '--target', 'usps'], ['--train', '--steps', '0'],
             ['--train', '--seed', '-1'], ['--train', '--batch_size', str(2 ** 31)]] + WRONG[script.problem]
     result = run(['python3', script.program], cwd=tmp_path)
     assert_one_line(result, script.problem + '.py: error: say --images IMAGES --target TARGET --out OUT', code=2)

@@ -158,6 +158,16 @@ def test_weak_augmentation_is_a_small_change():
     assert (changed < 0.02).sum() >= 60          # one in two hundred is inverted
 
 
+def test_augmentation_sharpens_half_of_the_images():
+    """On a slope from black to white half of the images keep its greys, and the others lose up to six in seven."""
+    slope = torch.linspace(0, 1, 28).expand(400, 3, 28, 28)
+    changed = augment_digits(slope, 1.0, torch.Generator().manual_seed(0), torch.zeros(400, 3, 28, 28)).mean(1)
+    low, high = [changed.flatten(1).kthvalue(rank, 1)[0].view(-1, 1, 1) for rank in (40, 28 * 28 - 40)]
+    greys = ((changed - low) / (high - low) - 0.5).abs().lt(0.3).flatten(1).float().mean(1)
+    assert (greys > 0.5).float().mean() == pytest.approx(0.6, abs=0.15)
+    assert (greys < 0.25).float().mean() == pytest.approx(0.2, abs=0.1)
+
+
 def test_augmentation_moves_a_dot_no_further_than_it_says():
     """Two pixels, 15 degrees, shear and scale at 6 pixels from the centre: no more than 5 pixels."""
     images = torch.zeros(200, 3, 28, 28)
@@ -232,7 +242,7 @@ def test_table_of_runs_is_the_assignments():
     """Three scenarios, bounds, DANN with and without entropy loss, three seeds; one run a scenario is shipped."""
     paths = [p3_dann.shipped(target, setting=setting, augment=augment, seed=seed)
              for target in ('mnistm', 'svhn', 'usps')
-             for _, setting, augment in p3_dann.ROWS for seed in p3_dann.SEEDS]
+             for setting, augment, _ in p3_dann.ROWS for seed in p3_dann.SEEDS]
     assert len(set(paths)) == 54
     shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
     assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',

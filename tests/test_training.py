@@ -672,6 +672,11 @@ def test_table_is_trained_and_resumed(data_dir, copy_of_project):
     before = (folder / 'p3_dann_usps.pth').stat().st_mtime_ns
     again = run(command + ['--seed', '0', '--resume'])
     assert again.returncode == 0 and again.stdout.count('is finished') == 6
+    others = run(command + ['--seed', '0', '--directions', 'others'])
+    assert others.returncode == 0 and others.stdout.count('images 12, accuracy') == 3
+    rows = [json.loads(line) for line in (folder / 'p3_results.jsonl').read_text().split('\n')[:-1]]
+    assert {(row['source'], row['target']) for row in rows if row not in results} == {
+        ('mnistm', 'usps'), ('svhn', 'mnistm'), ('usps', 'svhn')}
     changed = command + ['--seed', '0', '--resume']
     changed[2] = changed[2].replace('program.main()', 'program.ENTROPY = 0.7; program.main()')
     assert_one_line(run(changed), 'ENTROPY = 0.3', 'the script now has 0.7')
@@ -707,11 +712,12 @@ FIGURES = dict(
             'table1_3.png'],
     p2_gan=['fig2_1.png', 'fig2_2.png', 'fig2_3.png', 'fig2_4.png', 'fig2_5.png', 'fig2_6.png',
             'table2.png'],
-    p3_dann=['fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png', 'fig3_4_svhn_lower.png',
+    p3_dann=['fig3_1.png', 'fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png', 'fig3_4_svhn_lower.png',
              'fig3_4_usps.png', 'fig3_4_usps_lower.png', 'fig3_5.png', 'fig3_6.png', 'fig3_7.png', 'fig3_8.png',
              'table3.csv', 'table3.png'],
     p4_adda=['fig4_2_mnistm.png', 'fig4_2_svhn.png', 'fig4_2_usps.png', 'fig4_3.png', 'fig4_4.png', 'fig4_5.png',
-             'fig4_6.png', 'fig4_6_plain.png', 'fig4_7.png', 'table4.csv', 'table4.png'])
+             'fig4_6.png', 'fig4_6_plain.png', 'fig4_7.png', 'table4.csv', 'table4.png', 'table4_others.csv',
+             'table4_others.png'])
 
 
 def assert_drawn(out, names):
@@ -755,9 +761,11 @@ def test_figures_of_the_digits(data_dir, copy_of_project, tmp_path, name, settin
         result = run(command + [setting])
         assert result.returncode == 0, result.stderr
     models.write_log(str(copy_of_project / 'checkpoints' / 'p3_results.jsonl'), [
-        dict(row=row, source=source, target=target, seed=seed, accuracy=0.5 + 0.1 * seed, adabn_accuracy=0.4)
+        dict(row=row, source=source, target=target, seed=seed, accuracy=0.5 + 0.1 * seed, adabn_accuracy=0.4,
+             held_out_accuracy=0.3)
         for row in ('source', 'dann_entropy', 'target') for seed in (0, 1)
-        for source, target in (('usps', 'mnistm'), ('mnistm', 'svhn'), ('svhn', 'usps'))])
+        for source, target in (('usps', 'mnistm'), ('mnistm', 'svhn'), ('svhn', 'usps'), ('mnistm', 'usps'))
+        if (row, source, target) != ('target', 'mnistm', 'usps')])
     out = tmp_path / 'figures'
     words = ['--plot', '--data_dir', data_dir, '--out', out]
     code = command[2][:command[2].index('program.LOG_EVERY')] + command[2][command[2].index('program.DEFAULTS'):]
@@ -766,6 +774,10 @@ def test_figures_of_the_digits(data_dir, copy_of_project, tmp_path, name, settin
     assert_drawn(out, FIGURES[name])
     with open(str(out / f'table{name[1]}.csv')) as file:
         assert 'USPS,MNIST-M,2,55.00,7.07,50.00,60.00,' in file.read()
+    if name == 'p4_adda':                      # where the upper bound is that of the same target
+        with open(str(out / 'table4_others.csv')) as file:
+            text = file.read()
+        assert 'DANN + entropy,MNIST-M,USPS,2,55.00' in text and 'upper bound: target only,MNIST-M,USPS,2,55.00' in text
 
 
 def test_figures_of_the_digits_need_their_logs(data_dir, copy_of_project, tmp_path):
