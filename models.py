@@ -813,7 +813,7 @@ def read_log(path):
 
 # -------------------------------------------------------------------- shared by problems 3 and 4
 
-DIGIT_NET = dict(channels=[24, 48, 96], dropout=0.5)       # channels at 28, 14 and 7 pixels
+DIGIT_NET = dict(channels=[32, 64, 128], dropout=0.5)      # channels at 28, 14 and 7 pixels
 DISCRIMINATOR_HIDDEN = 128
 PROCESSES = 8                # at most, in labelling a folder
 SHARE = 256                  # images that a process reads at once

@@ -49,7 +49,7 @@ NET = DIGIT_NET
 
 # training
 DEFAULTS = dict(
-    steps=10000,             # of one batch of each domain
+    steps=8000,              # of one batch of each domain
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',

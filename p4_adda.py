@@ -58,7 +58,7 @@ PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher',
           'self_training')
 CONTROL = 'no_discriminator'
 DEFAULTS = dict(
-    steps=10000,             # of one batch of each domain; the first tenth trains on the source alone
+    steps=8000,              # of one batch of each domain; the first tenth trains on the source alone
     batch_size=32,           # images of a domain
     seed=0,
     target='mnistm',
