@@ -155,7 +155,7 @@ class Discriminator(nn.Module):
     """(N, 3, 64, 64) float in [-1, 1] -> (N,) unbounded scores, high for real images (same source).
 
     channels are those at 32, 16, 8 and 4 pixels.  norm is what follows the inner convolutions:
-    'batch' norm; 'layer' norm over channels and pixels, which looks at one image alone; or
+    'batch' norm; 'layer' norm over channels and pixels, which looks at one image alone; 'none'; or
     'spectral', which normalises the weights of every convolution instead (Miyato et al. 2018,
     arXiv 1802.05957).
     """

@@ -1,11 +1,19 @@
 """Problem 2: a generative adversarial network that draws 64x64 faces.
 
-Three methods with one generator: DCGAN (Radford et al. 2016, arXiv 1511.06434) with the non-saturating
-loss, SNGAN (Miyato et al. 2018, arXiv 1802.05957) with the hinge loss, and WGAN-GP (Gulrajani et al.
-2017, arXiv 1704.00028).  Differences from the papers: all three have DCGAN's nets, show the
-discriminator augmented images (Zhao et al. 2020, arXiv 2006.10738, at a quarter of its strength), and
-keep an average of the generator over its updates (EMA); one batch of drawn faces serves both updates of
-a step; learning rates as in METHODS.
+Six methods with one generator and one width of the discriminator:
+
+    dcgan      non-saturating loss, batch norm (Radford et al. 2016, arXiv 1511.06434)
+    sngan      hinge loss, spectral norm (Miyato et al. 2018, arXiv 1802.05957)
+    wgan_gp    Wasserstein loss, gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
+    wgan_div   Wasserstein divergence (Wu et al. 2018, arXiv 1712.01026)
+    dragan     non-saturating loss, gradient penalty near real images (Kodali et al. 2017, arXiv 1705.07215)
+    r1         non-saturating loss, R1 penalty (Mescheder et al. 2018, arXiv 1801.04406) at every 16th step
+               (Karras et al. 2020, arXiv 1912.04958)
+
+Differences from the papers: all have DCGAN's nets, show the discriminator augmented images (Zhao et al.
+2020, arXiv 2006.10738, at a fraction of its strength), let the learning rates fall to 0 over the last third of
+the steps, and keep an average of the generator over its updates (EMA); one batch of drawn faces serves both
+updates of a step; learning rates as in METHODS.
 
     bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
     python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -29,7 +37,7 @@ from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out
                       make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise,
-                    file_sum, load_net, on_device, pick_device, read_log, run_batches, to_uint8,
+                    file_sum, load_net, on_device, pick_device, read_log, run_batches, take_step, to_uint8,
                     update_average)
 
 PROBLEM = 'p2_gan'
@@ -37,20 +45,26 @@ CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
 
 # nets
 NET = dict(latent_dim=128, channels=[48, 96, 192, 384])     # channels at 32, 16, 8 and 4 pixels
-DISCRIMINATOR_CHANNELS = [32, 64, 128, 256]
+DISCRIMINATOR_CHANNELS = [64, 128, 256, 512]
 
 # training
 DEFAULTS = dict(
-    steps=63000,             # of one batch each
+    steps=125000,            # of one batch each
     batch_size=32,           # images; twice the updates of 64 for the same time
     seed=0,
-    method='sngan',
-    augment=0.25)            # strength of what the discriminator's images go through; 0: nothing
-METHODS = dict(              # the generator learns at every generator_every-th step
-    dcgan=dict(norm='batch', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
-    sngan=dict(norm='spectral', learning_rates=(2e-4, 4e-4), betas=(0.5, 0.999), generator_every=1),
-    wgan_gp=dict(norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5))
-PENALTY = 10                 # weight of WGAN-GP's gradient penalty
+    method='r1',
+    augment=0.1)             # strength of what the discriminator's images go through; 0: nothing
+METHODS = dict(              # learning rates of G and of D; G learns at every generator_every-th step
+    dcgan=dict(loss='logistic', norm='batch', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
+    sngan=dict(loss='hinge', norm='spectral', learning_rates=(2e-4, 4e-4), betas=(0.5, 0.999), generator_every=1),
+    wgan_gp=dict(loss='wasserstein', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5),
+    wgan_div=dict(loss='wasserstein', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5),
+    dragan=dict(loss='logistic', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
+    r1=dict(loss='logistic', norm='none', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.99), generator_every=1))
+PENALTIES = dict(            # weight of a method's penalty, which is added at every so many-th step, times that number
+    wgan_gp=dict(weight=10, every=1), wgan_div=dict(weight=2, every=1), dragan=dict(weight=10, every=1),
+    r1=dict(weight=0.05, every=16))
+FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
 AVERAGE_DECAY = 0.999        # of the average of the generator, per update
 LOG_EVERY = 500              # steps
 SAVE_EVERY = 1000            # steps
@@ -66,40 +80,60 @@ SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/be
 
 def constants():
     """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, METHODS=METHODS, PENALTY=PENALTY,
-                AVERAGE_DECAY=AVERAGE_DECAY, SCORED=SCORED)
+    return dict(NET=NET, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, METHODS=METHODS, PENALTIES=PENALTIES,
+                FALLING=FALLING, AVERAGE_DECAY=AVERAGE_DECAY, SCORED=SCORED)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
 
 def discriminator_loss(method, real, fake):
-    """Mean loss of the scores (N,) that the discriminator gives to real and drawn images.
+    """Mean loss of the scores (N,) that the discriminator gives to real and drawn images, without a penalty.
 
-    Goodfellow et al. 2014, eq. 1, for dcgan; Miyato et al. 2018, eq. 16; Gulrajani et al. 2017, eq. 3
-    without the penalty.
+    logistic: Goodfellow et al. 2014, eq. 1; hinge: Miyato et al. 2018, eq. 16; wasserstein: Gulrajani et al.
+    2017, eq. 3.
     """
-    if method == 'dcgan':
+    loss = METHODS[method]['loss']
+    if loss == 'logistic':
         return F.softplus(-real).mean() + F.softplus(fake).mean()
-    if method == 'sngan':
+    if loss == 'hinge':
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return fake.mean() - real.mean()
 
 
 def generator_loss(method, fake):
-    """Mean loss of the scores (N,) of drawn images; for dcgan the non-saturating one."""
-    return F.softplus(-fake).mean() if method == 'dcgan' else -fake.mean()
+    """Mean loss of the scores (N,) of drawn images; beside a logistic loss the non-saturating one."""
+    return F.softplus(-fake).mean() if METHODS[method]['loss'] == 'logistic' else -fake.mean()
 
 
-def gradient_penalty(score, real, fake, rng):
-    """Mean of (|gradient of the score| - 1)^2 at random points between real and drawn images.
+def gradient_penalty(method, score, real, fake, rng):
+    """Penalty of a method on the gradient g of the score at images, a mean over the batch.
 
-    score maps images to (N,) scores.  Source: Gulrajani et al. 2017, eq. 3.  The images are
-    (N, 3, H, W), the norm is over all of one.
+    score maps images (N, 3, H, W) to scores (N,); |g| is the norm over all of an image.
+
+    wgan_gp    (|g| - 1)^2 at random points between real and drawn images: Gulrajani et al. 2017, eq. 3
+    wgan_div   |g|^6 at such points: Wu et al. 2018, with their p = 6; k = 2 is the weight
+    dragan     (|g| - 1)^2 at real images that are changed by uniform noise of half their standard deviation:
+               Kodali et al. 2017, algorithm 1
+    r1         |g|^2 at real images: Mescheder et al. 2018, eq. 9, where gamma / 2 is the weight
     """
-    share = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
-    between = (real + share * (fake - real)).requires_grad_()
-    gradient, = torch.autograd.grad(score(between).sum(), between, create_graph=True)
-    return ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    if method == 'r1':
+        points = real
+    elif method == 'dragan':
+        points = real + 0.5 * real.std() * torch.rand(real.shape, generator=rng).to(real.device)
+    else:
+        share = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
+        points = real + share * (fake - real)
+    points = points.detach().requires_grad_()
+    gradient, = torch.autograd.grad(score(points).sum(), points, create_graph=True)
+    squares = (gradient ** 2).flatten(1).sum(1)
+    if method == 'r1':
+        return squares.mean()
+    return (squares ** 3 if method == 'wgan_div' else (squares.sqrt() - 1) ** 2).mean()
+
+
+def falling_rate(step, steps, peak):
+    """Learning rate at a step, counted from 1: peak, and over the last FALLING of the steps linearly down to 0."""
+    return peak * min(1.0, (steps - step + 1) / (steps * FALLING))
 
 
 def augment(images, strength, rng):
@@ -180,6 +214,7 @@ def train(args):
     method, augmented = settings['method'], settings['augment']
     norm, rates, betas, generator_every = [
         METHODS[method][name] for name in ('norm', 'learning_rates', 'betas', 'generator_every')]
+    penalty_weight, penalty_every = [PENALTIES.get(method, {}).get(name, 0) for name in ('weight', 'every')]
     # data
     judge = load_net(VAE, JUDGE, 'p1_vae', device)[0]
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
@@ -213,29 +248,29 @@ def train(args):
         x = on_device(random_flip(2 * to_float(training[rows]) - 1, rng), device)
         noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
         # update: discriminator, on augmented real and drawn images
+        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak) for peak in rates]
         with torch.set_grad_enabled(trains_generator), run.autocast():
             drawn = generator(noise)
         real, fake = [augment(images, augmented, rng) for images in (x, drawn.detach().float())]
-        real_score, fake_score = score(real), score(fake)
+        if norm == 'batch':                # the statistics of drawn images would tell of real ones
+            real_score, fake_score = score(real), score(fake)
+        else:                              # one pass takes less time than two
+            real_score, fake_score = score(torch.cat([real, fake])).chunk(2)
         loss = discriminator_loss(method, real_score, fake_score)
-        if method == 'wgan_gp':
-            penalty = gradient_penalty(score, real, fake, rng)
-            scalars['penalty'], loss = penalty.detach(), loss + PENALTY * penalty
-        discriminator_optimizer.zero_grad()
-        loss.backward()
         scalars.update(discriminator_loss=loss.detach(), real=real_score.detach().mean(),
-                       fake=fake_score.detach().mean(),
-                       discriminator_gradient=gradient_norm(discriminator))
-        discriminator_optimizer.step()
+                       fake=fake_score.detach().mean())
+        if penalty_weight and step % penalty_every == 0:
+            penalty = gradient_penalty(method, score, real, fake, rng)
+            scalars['penalty'], loss = penalty.detach(), loss + penalty_weight * penalty_every * penalty
+        take_step(discriminator_optimizer, loss, discriminator_rate)
+        scalars['discriminator_gradient'] = gradient_norm(discriminator)
         # update: generator, through the discriminator as it has become
         if trains_generator:
             discriminator.requires_grad_(False)
             loss = generator_loss(method, score(augment(drawn.float(), augmented, rng)))
-            generator_optimizer.zero_grad()
-            loss.backward()
+            take_step(generator_optimizer, loss, generator_rate)
             discriminator.requires_grad_(True)
             scalars.update(generator_loss=loss.detach(), generator_gradient=gradient_norm(generator))
-            generator_optimizer.step()
             update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
         # log and save
         if run.logs:
@@ -244,7 +279,7 @@ def train(args):
             with torch.no_grad():
                 scalars['held_out'] = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
                                                     augmented, rng)).mean()
-        run.log(**scalars)
+        run.log(**scalars, learning_rate=discriminator_rate)
         if run.saves:
             found = measure(average, judge, held_out, device)
             run.measured(**found)
@@ -314,7 +349,7 @@ def plot_learning_curves(path, log):
     """fig2_3: losses, outputs of the discriminator and held-out score over the images seen."""
     settings = log[0]['settings']
     figure, axes = new_figure(13, 3.8, columns=3)
-    penalty = ', with penalty' if settings['method'] == 'wgan_gp' else ''
+    penalty = ', without the penalty' if settings['method'] in PENALTIES else ''
     curves = ((0, 'train', (('discriminator_loss', 'discriminator' + penalty),
                             ('generator_loss', 'generator'))),
               (1, 'train', (('real', 'training faces'),
@@ -334,7 +369,7 @@ def plot_learning_curves(path, log):
         axes[index].legend(fontsize=8)
         axes[index].set_xlabel('training images seen (thousands)')
     axes[0].set(title=f'Losses ({settings["method"]})', ylabel=f'mean over {LOG_EVERY} steps')
-    sigmoid = ', before a sigmoid' if settings['method'] == 'dcgan' else ''
+    sigmoid = ', before a sigmoid' if METHODS[settings['method']]['loss'] == 'logistic' else ''
     axes[1].set(title='Output of the discriminator' + sigmoid,
                 ylabel='mean score of augmented images')
     axes[2].set(title='Frechet distance to held-out faces', yscale='log',

@@ -17,21 +17,23 @@ def stream(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_losses_of_dcgan_are_cross_entropies():
+@pytest.mark.parametrize('method', ['dcgan', 'dragan', 'r1'])
+def test_logistic_losses_are_cross_entropies(method):
     real, fake = torch.randn(9), torch.randn(9)
     ones, zeros = torch.ones(9), torch.zeros(9)
     expected = (F.binary_cross_entropy_with_logits(real, ones)
                 + F.binary_cross_entropy_with_logits(fake, zeros))
-    assert torch.allclose(p2_gan.discriminator_loss('dcgan', real, fake), expected)
+    assert torch.allclose(p2_gan.discriminator_loss(method, real, fake), expected)
     # not saturating: -log D(G(z)), not log(1 - D(G(z)))
-    assert torch.allclose(p2_gan.generator_loss('dcgan', fake), -torch.sigmoid(fake).log().mean())
+    assert torch.allclose(p2_gan.generator_loss(method, fake), -torch.sigmoid(fake).log().mean())
 
 
-def test_losses_of_sngan_and_wgan_gp_by_hand():
+def test_other_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, -0.5, 1.0])
     assert p2_gan.discriminator_loss('sngan', real, fake).item() == pytest.approx((0 + 0.5 + 2 + 0 + 0.5 + 2) / 3)
-    assert p2_gan.discriminator_loss('wgan_gp', real, fake).item() == pytest.approx((-2.5 - 1.5) / 3)
-    for method in ('sngan', 'wgan_gp'):
+    for method in ('wgan_gp', 'wgan_div'):
+        assert p2_gan.discriminator_loss(method, real, fake).item() == pytest.approx((-2.5 - 1.5) / 3)
+    for method in ('sngan', 'wgan_gp', 'wgan_div'):
         assert p2_gan.generator_loss(method, fake).item() == pytest.approx(2.5 / 3)
 
 
@@ -46,30 +48,44 @@ def test_discriminator_learns_in_the_right_direction():
         assert (drawn.grad < 0).all(), method
 
 
-def test_gradient_penalty_of_a_linear_function():
-    """Its gradient is w everywhere: the penalty is (|w| - 1)^2, and has a gradient for w."""
-    w = torch.randn(3 * 8 * 8, requires_grad=True)
-    penalty = p2_gan.gradient_penalty(lambda x: x.flatten(1) @ w, torch.rand(5, 3, 8, 8),
+@pytest.mark.parametrize('method,expected', [
+    ('wgan_gp', lambda norm: (norm - 1) ** 2), ('dragan', lambda norm: (norm - 1) ** 2),
+    ('wgan_div', lambda norm: norm ** 6), ('r1', lambda norm: norm ** 2)])
+def test_gradient_penalty_of_a_linear_function(method, expected):
+    """Its gradient is w everywhere, so that the penalty is known, and it has a gradient for w."""
+    w = (0.1 * torch.randn(3 * 8 * 8)).requires_grad_()
+    penalty = p2_gan.gradient_penalty(method, lambda x: x.flatten(1) @ w, torch.rand(5, 3, 8, 8),
                                       torch.rand(5, 3, 8, 8), stream())
-    norm = w.norm()
-    assert penalty.item() == pytest.approx(((norm - 1) ** 2).item(), rel=1e-4)
+    assert penalty.item() == pytest.approx(expected(w.norm()).item(), rel=1e-4)
     penalty.backward()
-    assert torch.allclose(w.grad, (2 * (norm - 1) * w / norm).detach(), rtol=1e-3, atol=1e-5)
+    wanted, = torch.autograd.grad(expected(w.norm()), w)
+    assert torch.allclose(w.grad, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_penalty_lies_between_real_and_drawn():
-    """Of half the squared norm the gradient at x is x, which tells where it was taken."""
-    points = []
+def test_gradient_penalty_is_taken_where_the_method_says():
+    """Between real and drawn images, near real ones, or at these."""
+    real, fake = torch.zeros(64, 1, 1, 2), torch.full((64, 1, 1, 2), 4.0)
+    real[:, :, :, 1] = 1
+    for method in p2_gan.PENALTIES:
+        points = []
 
-    def half_square(x):
-        points.append(x.detach())
-        return 0.5 * (x.flatten(1) ** 2).sum(1)
-    real, fake = torch.zeros(64, 1, 1, 1), torch.full((64, 1, 1, 1), 4.0)
-    penalty = p2_gan.gradient_penalty(half_square, real, fake, stream())
-    x = points[0].flatten()
-    assert penalty.item() == pytest.approx(((x - 1) ** 2).mean().item(), rel=1e-5)
-    assert 0 <= x.min() < 1 and 3 < x.max() <= 4 and len(set(x.tolist())) == 64
-    assert torch.equal(x, 4 * torch.rand(64, generator=stream()))
+        def score(x, points=points):
+            points.append(x.detach())
+            return 0.5 * (x.flatten(1) ** 2).sum(1)
+        penalty = p2_gan.gradient_penalty(method, score, real, fake, stream())
+        x, rng = points[0], stream()
+        if method == 'r1':
+            assert torch.equal(x, real) and penalty.item() == pytest.approx(1)     # of half a square the gradient is x
+        elif method == 'dragan':
+            assert torch.allclose(x, real + 0.5 * real.std() * torch.rand(real.shape, generator=rng))
+        else:
+            assert torch.allclose(x, real + torch.rand(64, 1, 1, 1, generator=rng) * (fake - real))
+
+
+def test_learning_rates_fall_at_the_end():
+    rates = [p2_gan.falling_rate(step, 300, 0.2) for step in range(1, 301)]
+    assert rates[:200] == [0.2] * 200 and rates[-1] == pytest.approx(0.2 / 100)
+    assert all(later < earlier for earlier, later in zip(rates[200:], rates[201:]))
 
 
 def test_spectral_norm_against_svd():
@@ -92,14 +108,14 @@ def test_shapes_and_ranges():
         images = generator(torch.randn(3, 16))
         assert images.shape == (3, 3, 64, 64) and images.abs().max() <= 1
         assert p2_gan.to_unit(images).min() >= 0 and p2_gan.to_unit(images).max() <= 1
-    for norm in ('batch', 'layer', 'spectral'):
+    for norm in ('batch', 'layer', 'spectral', 'none'):
         score = Discriminator(SMALL, norm)(images)
         assert score.shape == (3,)
 
 
 def test_batch_norm_alone_mixes_the_images_of_a_batch():
     x = torch.rand(4, 3, 64, 64) * 2 - 1
-    for norm, independent in (('layer', True), ('spectral', True), ('batch', False)):
+    for norm, independent in (('layer', True), ('spectral', True), ('none', True), ('batch', False)):
         discriminator = Discriminator(SMALL, norm).train()
         for _ in range(100):                   # until the power iteration has settled
             discriminator(x)
@@ -108,11 +124,11 @@ def test_batch_norm_alone_mixes_the_images_of_a_batch():
         assert same == independent, norm
 
 
-def test_three_methods_share_one_generator():
+def test_methods_share_one_generator():
     torch.manual_seed(3)
     first = Generator(**p2_gan.NET).state_dict()
     norms = {settings['norm'] for settings in p2_gan.METHODS.values()}
-    assert norms == {'batch', 'layer', 'spectral'}
+    assert norms == {'batch', 'layer', 'spectral', 'none'}
     torch.manual_seed(3)
     assert all(torch.equal(value, first[name])
                for name, value in Generator(**p2_gan.NET).state_dict().items())

@@ -31,14 +31,14 @@ SMALL = dict(
     p1_vae='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); program.LEARNING_RATE_WARM_UP = 5',
     p2_gan='program.NET = dict(latent_dim=6, channels=[4, 6, 8, 10]); '
            'program.DISCRIMINATOR_CHANNELS = [4, 6, 8, 10]; program.SCORED = 16; '
-           'program.METHODS["sngan"]["learning_rates"] = (5e-3, 5e-3)',       # else its faces stay flat
+           'program.METHODS["r1"]["learning_rates"] = (5e-3, 5e-3)',          # else its faces stay flat
     p3_dann='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 5',
     p4_adda='program.NET = dict(channels=[4, 6, 8], dropout=0.5); program.LEARNING_RATE_WARM_UP = 2')
 PROGRAMS = dict(p1_vae=p1_vae, p2_gan=p2_gan, p3_dann=p3_dann, p4_adda=p4_adda)
 DIGITS = ('p3_dann', 'p4_adda')
 FLAGS = {name: ['--target', 'mnistm'] for name in DIGITS}
 SCORES = dict(p1_vae='loss', p2_gan='frechet')     # by which a checkpoint is chosen; else the last one
-DIVERGE = dict(p2_gan='program.METHODS["sngan"]["learning_rates"] = (1e30, 2e-4)')
+DIVERGE = dict(p2_gan='program.METHODS["r1"]["learning_rates"] = (1e30, 2e-4)')
 USE = {name: ['--out', 'pred.csv', '--images', os.path.join(ROOT, 'tests', 'digits'), '--target', 'mnistm']
        for name in DIGITS}
 
@@ -379,20 +379,19 @@ def test_init_takes_weights_but_not_the_run(data_dir, tmp_path):
 
 @pytest.mark.parametrize('method', sorted(p2_gan.METHODS))
 def test_methods_of_the_gan(data_dir, tmp_path, method):
-    """Eleven steps of each, stopped and resumed, with all that the learning curves need."""
+    """Seventeen steps of each, stopped and resumed, with all that the learning curves need."""
     trainer, one, two = Trainer('p2_gan'), tmp_path / 'one.pth', tmp_path / 'two.pth'
-    assert trainer.train(data_dir, one, '--steps', '11', '--method', method).returncode == 0
-    trainer.kill_when((tmp_path / 'two_last.pth').exists, (data_dir, two, '--steps', '11', '--method', method))
+    assert trainer.train(data_dir, one, '--steps', '17', '--method', method).returncode == 0
+    trainer.kill_when((tmp_path / 'two_last.pth').exists, (data_dir, two, '--steps', '17', '--method', method))
     result = trainer.train(data_dir, two, '--resume')
     assert result.returncode == 0, result.stderr
     assert same(trainer.weights(one), trainer.weights(two))
     for kind in ('train', 'held_out', 'test'):
         assert records(one, kind) == records(two, kind)
-    every = {'real', 'fake', 'held_out', 'discriminator_loss', 'discriminator_gradient'}
-    learns = {'generator_loss', 'generator_gradient'}
-    penalty = {'penalty'} if method == 'wgan_gp' else set()
+    every = {'real', 'fake', 'held_out', 'discriminator_loss', 'discriminator_gradient', 'learning_rate'}
+    learns, penalty_every = {'generator_loss', 'generator_gradient'}, p2_gan.PENALTIES.get(method, {}).get('every')
     for record in records(one, 'train'):
-        wanted = every | penalty
+        wanted = every | ({'penalty'} if penalty_every and record['step'] % penalty_every == 0 else set())
         if record['step'] % p2_gan.METHODS[method]['generator_every'] == 0:
             wanted = wanted | learns
         assert set(record) == wanted | {'kind', 'step'}
