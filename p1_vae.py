@@ -185,23 +185,47 @@ def plot(args):
     device = pick_device(args.device or 'cpu')
     ckpt = args.ckpt or CKPT
     vae = load_net(VAE, ckpt, PROBLEM, device)[0]
-    test = FaceImages(args.data_dir, 'test')
-    has_attribute = test.attribute(args.attribute)
-    if len(test.names) < 10 or has_attribute.all() or not has_attribute.any():
-        raise UserError(f'the figures need ten test faces, some of them with {args.attribute} and some '
-                        'without: choose another --attribute, or add images')
+    faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
-    means = run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, test.images)
+    of_faces, means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, one.images)
+                       for one in (faces, test)]
+    attribute, accuracy = pick_attribute(args.attribute, faces, of_faces, test, means)
     draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
               [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
     plot_reconstructions(os.path.join(args.out, 'table1_3.png'), vae, test, means, device)
     save_picture(os.path.join(args.out, 'fig1_4.png'),
                  make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
-    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, has_attribute, args.attribute)
-    plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, args.attribute, device)
+    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute, accuracy)
+    plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
     print(f'seven figures and tables are in {args.out}')
+
+
+def pick_attribute(wanted, faces, of_faces, test, of_test):
+    """Return the attribute that colours fig1_5, and how well a linear classifier reads it from latent means.
+
+    faces and test are the FaceImages of training and test, of_faces and of_test (N, latent_dim) their latent means.
+    The attribute is wanted or, if that is None, the one that is read best on held-out training faces.  The second
+    value is the balanced accuracy on the test faces, 0 to 1: the mean of those of the faces with and without it.
+    Raises UserError where no attribute has faces with and without it among training, held-out and test faces.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    training, held_out = split_held_out(len(faces.names))
+    found = []
+    for name in [wanted] if wanted else faces.attributes.columns:
+        of_name = faces.attribute(name)
+        parts = [(of_faces[rows].numpy(), of_name[rows.numpy()]) for rows in (training, held_out)]
+        parts.append((of_test.numpy(), test.attribute(name)))
+        if all(0 < has.sum() < len(has) for _, has in parts):
+            classifier = LogisticRegression(solver='lbfgs', class_weight='balanced', max_iter=1000).fit(*parts[0])
+            found.append([balanced_accuracy_score(has, classifier.predict(means)) for means, has in parts[1:]] + [name])
+    if len(test.names) < 10 or not found:
+        raise UserError(f'the figures need ten test faces, and faces with and without {wanted or "some attribute"} in '
+                        'each part of the data: choose another --attribute, or add images')
+    _, accuracy, name = max(found)
+    return name, accuracy
 
 
 def plot_learning_curves(path, log):
@@ -244,12 +268,13 @@ def plot_reconstructions(path, vae, test, means, device):
     save_figure(path, figure)
 
 
-def plot_latent_space(path, means, has_attribute, attribute):
+def plot_latent_space(path, means, has_attribute, attribute, accuracy):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
     figure, axes = new_figure(7.5, 6.5)
     draw_points(axes, embed(means.numpy()), has_attribute.astype(int),
                 [f'not {attribute}', attribute])
-    axes.set_title(f'Latent means of {len(means)} test faces by t-SNE, coloured by {attribute}')
+    axes.set_title(f'Latent means of {len(means):,} test faces by t-SNE, coloured by {attribute}\n(a linear classifier '
+                   f'reads it from the latent means with a balanced accuracy of {100 * accuracy:.1f} %)', fontsize=10)
     save_figure(path, figure)
 
 
@@ -295,12 +320,9 @@ def plot_rate_distortion(path, base, linear):
     points = sorted((record['kl'], record['mse'], record['lambda_kl'])
                     for log in logs for record in read_log(log) if record['kind'] == 'test')
     figure, axes = new_figure(8, 5.2)
-    rates = np.array([record['rate'] for record in linear])
-    curve = np.array([record['distortion'] for record in linear])
-    axes.plot(rates, curve, color=COLOURS[6], label='linear-Gaussian code (PCA, water-filling)')
-    axes.plot(rates, 0.75 * curve, ':', color=COLOURS[6], label='0.75 of it: the goal')
-    axes.plot([record['test_kl'] for record in linear], [record['test_mse'] for record in linear],
-              '--', color=COLOURS[1], label='the same linear code decoded from the mean, test faces')
+    rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
+    axes.plot(rates, curve, color=COLOURS[6],
+              label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
               color=COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
@@ -329,7 +351,7 @@ def parse_args(argv=None):
     parser.add_argument('--n', type=int, help='draw so many single images')
     parser.add_argument('--lambda_kl', type=float, help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
     parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
-    parser.add_argument('--attribute', default='Male', help='--plot: colours fig1_5 (Male)')
+    parser.add_argument('--attribute', help='--plot: colours fig1_5 (the one that the latent space separates best)')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.lambda_kl is not None and not 0 <= args.lambda_kl < float('inf'):
         parser.error('--lambda_kl must be a number of at least 0')
