@@ -135,11 +135,16 @@ def plain_gan():
     optimizers = [torch.optim.Adam(net.parameters(), lr=learning_rate, betas=method['betas'])
                   for net, learning_rate in zip((generator, discriminator), method['learning_rates'])]
     rng, strength = torch.Generator().manual_seed(0), p2_gan.DEFAULTS['augment']
+    penalty, steps = p2_gan.PENALTIES[name], [0]
 
     def step(x):
         fake = generator(torch.randn(len(x), p2_gan.NET['latent_dim'])).detach()
-        loss = p2_gan.discriminator_loss(name, discriminator(p2_gan.augment(2 * x - 1, strength, rng)),
-                                         discriminator(p2_gan.augment(fake, strength, rng)))
+        real, fake = [p2_gan.augment(images, strength, rng) for images in (2 * x - 1, fake)]
+        loss = p2_gan.discriminator_loss(name, discriminator(real), discriminator(fake))
+        steps[0] += 1
+        if steps[0] % penalty['every'] == 0:
+            loss = loss + penalty['weight'] * penalty['every'] * p2_gan.gradient_penalty(
+                name, discriminator, real, fake, rng)
         optimizers[1].zero_grad()
         loss.backward()
         optimizers[1].step()
@@ -314,22 +319,21 @@ def scripts(args):
     write_log(path, records)
 
 
-def dlib_score(args, drawn, real, n):
-    """The scorer's line for n images of each folder, and its four numbers as texts."""
-    line = subprocess.check_output([args.python, args.scorer, drawn, real, '--n', str(n)]).decode().strip()
+def dlib_score(args, drawn, real):
+    """The scorer's line for 1,000 images of each folder, and its four numbers as texts."""
+    line = subprocess.check_output([args.python, args.scorer, drawn, real, '--n', '1000']).decode().strip()
     return line, re.fullmatch(r'n (\d+)  clear ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)', line).groups()
 
 
 def samples(args):
     """Draw 1,000 faces from checkpoints and have the scorer compare them with the test faces.
 
-    The scorer (a script of its own, with dlib) prints: n 1000  clear C  frechet F  nearest N.
-    Its Frechet distance between 500 of the drawn faces and the held-out training faces, held_out_frechet,
-    chooses between methods: it sees the fine grids that the encoder of problem 1's VAE overlooks.
-    Two more numbers are taken in the latent means of problem 1's VAE: own, the Frechet distance to the
-    held-out faces by which p2_gan.py chooses, and copied, the mean distance to the nearest training
-    face or its mirror image (for 'real', which are training faces, from the held-out faces).  A name
-    that was not given keeps its record; eight faces of each lie beside it for table2.
+    The scorer (a script of its own, with dlib) prints: n 1000  clear C  frechet F  nearest N.  It only
+    measures; it chooses nothing.  More numbers are taken in the latent means of problem 1's VAE: own, the
+    Frechet distance to the held-out faces by which p2_gan.py chooses, and the mean and the lowest percentile of
+    the distances to the nearest training face or its mirror image, copied and copied_least (for 'real', which
+    are training faces, from the held-out faces).  A name that was not given keeps its record; eight faces of
+    each lie beside it for table2.
     """
     path = os.path.join(CHECKPOINTS, 'samples.jsonl')
     cpu, real = torch.device('cpu'), os.path.join(args.data_dir, 'face')
@@ -337,8 +341,7 @@ def samples(args):
     faces = FaceImages(args.data_dir, 'train').images
     rows, held_out = split_held_out(len(faces))
     training = p2_gan.latent_means(judge, torch.cat([faces[rows], faces[rows].flip(3)]), cpu)
-    held_out_faces = faces[held_out]
-    held_out = p2_gan.latent_means(judge, held_out_faces, cpu)
+    held_out = p2_gan.latent_means(judge, faces[held_out], cpu)
     for name in args.names or ['p1_vae', 'p2_gan', 'real']:
         record = dict(kind='samples', what=name, label='training faces', images=0)
         with tempfile.TemporaryDirectory() as folder:
@@ -360,21 +363,18 @@ def samples(args):
                         ', not augmented' if strength == 0 else
                         '' if strength == p2_gan.DEFAULTS['augment'] else f', augmented by {strength:g}'
                         ) + (', shipped' if name == 'p2_gan' else '')
-            apart = os.path.join(folder, 'held out')
-            save_single(apart, held_out_faces)
-            line, numbers = dlib_score(args, drawn, os.path.join(real, 'test'), 1000)
-            of_held_out = dlib_score(args, drawn, apart, min(500, len(held_out_faces)))[1]
+            line, numbers = dlib_score(args, drawn, os.path.join(real, 'test'))
             images = read_images(drawn, list_images(drawn), 64)
         means = p2_gan.latent_means(judge, images, cpu)
+        distances = torch.cdist(held_out if name == 'real' else means, training).min(1)[0].numpy()
         record.update(zip(('clear', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
-                      held_out_frechet=float(of_held_out[2]),
-                      own=p2_gan.frechet_distance(means, held_out),
-                      copied=torch.cdist(held_out if name == 'real' else means,
-                                         training).min(1)[0].mean().item())
+                      own=p2_gan.frechet_distance(means, held_out), copied=float(distances.mean()),
+                      copied_least=float(np.percentile(distances, 1)))
         if name != 'real':                 # no image of the data set is kept here
             record['picture'] = 'samples/{}_{}.png'.format(name.replace('/', '_'), record['images'])
             save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
-        print(f'{name}: {line}, own {record["own"]:.2f}, copied {record["copied"]:.2f}', flush=True)
+        print('{what}: {line}, own {own:.2f}, copied {copied:.2f}, its lowest percentile {copied_least:.2f}'.format(
+            line=line, **record), flush=True)
         # read again: another scoring may have run beside this one
         records = [old for old in (read_log(path) if os.path.exists(path) else [])
                    if old['what'] != name or '/' in name and old['images'] != record['images']]
