@@ -461,8 +461,8 @@ def save_picture(path, pixels):
     write_whole(path, lambda temporary: Image.fromarray(pixels).save(temporary, **options))
 
 
-def save_single(folder, images):
-    """Write (N, 3, H, W) uint8 images to folder as 00000.png, 00001.png, ...; whole or not at all.
+def save_single(folder, images, names=None):
+    """Write (N, 3, H, W) uint8 images to folder as 00000.png, 00001.png, ..., or under names; whole or not at all.
 
     Raises UserError if the folder exists and is not empty.
     """
@@ -473,7 +473,8 @@ def save_single(folder, images):
         os.mkdir(temporary)
         for index, image in enumerate(images):
             pixels = np.asarray(image).transpose(1, 2, 0)
-            Image.fromarray(pixels).save(os.path.join(temporary, f'{index:05d}.png'))
+            name = names[index] if names else f'{index:05d}'
+            Image.fromarray(pixels).save(os.path.join(temporary, name + '.png'))
     write_whole(folder, write)
 
 

@@ -247,6 +247,125 @@ class DomainDiscriminator(nn.Module):
         return self.layers(features).flatten()
 
 
+class Swish(nn.Module):
+    """x sigmoid(x) (Ramachandran et al. 2017, arXiv 1710.05941), which torch 1.4 has under no name."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class ToldBlock(nn.Module):
+    """Residual block that is told something about all of an image (Ho et al. 2020, arXiv 2006.11239, appendix B).
+
+    (N, before, H, W) and what it is told, (N, told) -> (N, after, H, W).
+    """
+
+    def __init__(self, before, after, told):
+        super(ToldBlock, self).__init__()
+        self.first = nn.Sequential(nn.GroupNorm(8, before), Swish(), nn.Conv2d(before, after, kernel_size=3, padding=1))
+        self.scale_and_shift = nn.Linear(told, 2 * after)
+        self.norm = nn.GroupNorm(8, after)
+        self.second = nn.Sequential(Swish(), nn.Conv2d(after, after, kernel_size=3, padding=1))
+        self.skip = nn.Identity() if before == after else nn.Conv2d(before, after, kernel_size=1)
+        nn.init.zeros_(self.second[1].weight)          # so that a new block changes nothing
+        nn.init.zeros_(self.second[1].bias)
+
+    def forward(self, x, told):
+        scale, shift = self.scale_and_shift(told).unsqueeze(2).unsqueeze(3).chunk(2, 1)
+        return self.skip(x) + self.second(self.norm(self.first(x)) * (1 + scale) + shift)
+
+
+class UNet(nn.Module):
+    """Noisy images (N, 3, H, W), steps of the noise (N,) and labels (N,) -> the noise in them, (N, 3, H, W).
+
+    A label is 0 .. classes - 1, or classes where it is not told.  channels are those at H, H / 2, H / 4, ...
+    pixels; told is the width of what the blocks are told.  Source: Ho et al. 2020, appendix B, without attention.
+    """
+
+    def __init__(self, channels, classes, told):
+        super(UNet, self).__init__()
+        self.classes, self.told = classes, told
+        self.label = nn.Embedding(classes + 1, told)
+        self.step = nn.Sequential(nn.Linear(told, told), Swish(), nn.Linear(told, told))
+        pairs = list(zip(channels, channels[1:]))
+        self.begin = nn.Conv2d(3, channels[0], kernel_size=3, padding=1)
+        self.down = nn.ModuleList([ToldBlock(before, before, told) for before in channels[:-1]])
+        self.shrink = nn.ModuleList([nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)
+                                     for before, after in pairs])
+        self.middle = nn.ModuleList([ToldBlock(channels[-1], channels[-1], told) for _ in range(2)])
+        self.grow = nn.ModuleList([nn.Conv2d(after, before, kernel_size=3, padding=1) for before, after in pairs])
+        self.up = nn.ModuleList([ToldBlock(2 * before, before, told) for before in channels[:-1]])
+        self.end = nn.Sequential(nn.GroupNorm(8, channels[0]), Swish(),
+                                 nn.Conv2d(channels[0], 3, kernel_size=3, padding=1))
+
+    def forward(self, x, steps, labels):
+        # waves of the step number, from one of length 2 pi to one of length 20,000 pi (Vaswani et al. 2017)
+        count = self.told // 2
+        lengths = torch.exp(torch.arange(count, device=x.device).float() * (-math.log(10000) / count))
+        waves = steps.float().unsqueeze(1) * lengths
+        told = F.leaky_relu(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels), 0.2)
+        x, skips = self.begin(x), []
+        for block, shrink in zip(self.down, self.shrink):
+            x = block(x, told)
+            skips.append(x)
+            x = shrink(x)
+        for block in self.middle:
+            x = block(x, told)
+        for block, grow, skip in list(zip(self.up, self.grow, skips))[::-1]:
+            x = grow(F.interpolate(x, size=skip.shape[2:], mode='nearest'))
+            x = block(torch.cat([x, skip], 1), told)
+        return self.end(x)
+
+
+class ClassGenerator(nn.Module):
+    """Noise (N, latent_dim) and labels (N,) -> (N, 3, size, size) float in [-1, 1] (Odena et al. 2017).
+
+    The label's embedding multiplies the noise.  channels are those at size / 2, size / 4, ... pixels.
+    """
+
+    def __init__(self, latent_dim, classes, channels, size):
+        super(ClassGenerator, self).__init__()
+        channels = list(channels)[::-1]
+        self.start, self.channels = size >> len(channels), channels[0]
+        self.label = nn.Embedding(classes, latent_dim)
+        self.project = nn.Linear(latent_dim, self.channels * self.start ** 2, bias=False)
+        layers = []
+        for before, after in zip(channels, channels[1:]):
+            layers += [nn.BatchNorm2d(before), nn.ReLU(),
+                       nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False)]
+        self.layers = nn.Sequential(
+            *layers, nn.BatchNorm2d(channels[-1]), nn.ReLU(),
+            nn.ConvTranspose2d(channels[-1], 3, kernel_size=4, stride=2, padding=1), nn.Tanh())
+        self.apply(gan_weights)
+
+    def forward(self, z, labels):
+        x = self.project(z * self.label(labels))
+        return self.layers(x.view(-1, self.channels, self.start, self.start))
+
+
+class ClassDiscriminator(nn.Module):
+    """(N, 3, size, size) float in [-1, 1] -> scores (N,), high for real images, and logits (N, classes).
+
+    Spectral norm in every layer (Miyato et al. 2018).  channels are those at size / 2, size / 4, ... pixels.
+    """
+
+    def __init__(self, classes, channels, size):
+        super(ClassDiscriminator, self).__init__()
+        spectral_norm = nn.utils.spectral_norm
+        layers, before = [], 3
+        for after in channels:
+            layers += [spectral_norm(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+            before = after
+        self.layers = nn.Sequential(*layers)
+        features = channels[-1] * (size >> len(channels)) ** 2
+        self.score = spectral_norm(nn.Linear(features, 1))
+        self.classify = spectral_norm(nn.Linear(features, classes))
+
+    def forward(self, x):
+        features = self.layers(x).flatten(1)
+        return self.score(features).flatten(), self.classify(features)
+
+
 # ---------------------------------------------------------------------------------------- running
 
 def pick_device(name):
@@ -349,6 +468,19 @@ def with_statistics(net, images, device):
         norm.train()
     run_batches(net, device, images, batch_size=250)
     return net.eval()
+
+
+def frechet_distance(a, b):
+    """Frechet distance between Gaussians fitted to features (N, D) and (M, D): a float.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a_cov, b_cov = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(a_cov)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b_cov @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(a_cov) + np.trace(b_cov) - 2 * cross)
 
 
 def decode_noise(decoder, count, dimensions, seed, device):
@@ -899,9 +1031,7 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
     if others:
         print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
     shares = [names[start:start + SHARE] for start in range(0, len(names), SHARE)]
-    # forked processes have the net without loading it; elsewhere than on Linux forking is not safe
-    count = min(PROCESSES, len(os.sched_getaffinity(0)), len(shares)) if sys.platform == 'linux' else 1
-    found = in_processes(1 if device.type == 'cuda' else count, label_share, shares, net, folder, batch_size, device)
+    found = in_processes(process_count(device, len(shares)), label_share, shares, net, folder, batch_size, device)
     labels, flat, shown = [], [], time.time()
     for (digits, of_one_colour), share in zip(found, shares):      # found first: it ends its processes at its end
         labels += digits
@@ -919,6 +1049,16 @@ def label_share(names, net, folder, batch_size, device):
     images = read_images(folder, names, DIGIT_SIZE)
     flat = (images == images[:, :, :1, :1]).flatten(1).all(1)
     return predict(net, images, device, batch_size).tolist(), flat.tolist()
+
+
+def process_count(device, parts):
+    """Return in how many processes so many parts of a task are to be computed on device.
+
+    Forked processes have the net without loading it; elsewhere than on Linux forking is not safe.
+    """
+    if device.type == 'cuda' or sys.platform != 'linux':
+        return 1
+    return min(PROCESSES, len(os.sched_getaffinity(0)), parts)
 
 
 def in_processes(count, function, parts, *inputs):

@@ -36,9 +36,8 @@ import torch.nn.functional as F
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_text,
                       make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float)
-from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise,
-                    file_sum, load_net, on_device, pick_device, read_log, run_batches, take_step, to_uint8,
-                    update_average)
+from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, file_sum, frechet_distance,
+                    load_net, on_device, pick_device, read_log, run_batches, take_step, to_uint8, update_average)
 
 PROBLEM = 'p2_gan'
 CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
@@ -166,19 +165,6 @@ def augment(images, strength, rng):
     blank = (((rows + 0.5 - uniform() * height).abs() < strength * height / 4)
              & ((columns + 0.5 - uniform() * width).abs() < strength * width / 4))
     return x * (~blank).float()
-
-
-def frechet_distance(a, b):
-    """Frechet distance between Gaussians fitted to features (N, D) and (M, D): a float.
-
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    a_cov, b_cov = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(a_cov)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ b_cov @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(a_cov) + np.trace(b_cov) - 2 * cross)
 
 
 def latent_means(judge, images, device):

@@ -5,6 +5,7 @@
     python3 tests/benchmark.py scripts --data_dir hw3_data         wall time and memory of hw3_pN.sh
     python3 tests/benchmark.py samples --data_dir hw3_data --scorer face_score.py --python PYTHON
                                                                    quality of 1,000 drawn faces
+    python3 tests/benchmark.py conditional --data_dir hw3_data     digits and faces of problem 5
 """
 import argparse
 import copy
@@ -27,10 +28,12 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
+import p5_conditional                                                               # noqa: E402
 from datasets import (SOURCE_OF, FaceImages, augment_digits, list_images, make_grid,    # noqa: E402
-                      random_patches, read_images, save_picture, save_single, split_held_out, to_float)
+                      random_patches, read_digits, read_images, save_picture, save_single, split_held_out, to_float)
 from models import (DISCRIMINATOR_HIDDEN, VAE, DigitNet, Discriminator, DomainDiscriminator, Generator,      # noqa: E402
-                    GradientReversal, domain_loss, file_sum, load_checkpoint, load_net, read_log, write_log)
+                    GradientReversal, accuracy, domain_loss, file_sum, frechet_distance, load_checkpoint, load_net,
+                    read_log, write_log)
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 DIGITS = 26032             # images of SVHN's test set
@@ -381,17 +384,81 @@ def samples(args):
         write_log(path, sorted(records + [record], key=lambda one: (one['what'], one['images'])))
 
 
+GUIDANCES = (0, 0.5, 1, 2, 3, 4)       # with the default number of sampling steps
+SAMPLINGS = (5, 10, 20, 50, 100)       # sampling steps, with the default guidance
+
+
+def conditional(args):
+    """Score the generators of problem 5: 100 drawn digits of each class, 500 drawn faces of each.
+
+    accuracy is the share of the digits that the upper bound of problem 3 reads as what was asked for, frechet the
+    distance to the test digits in its features, nearest and nearest_least the mean and the lowest percentile of the
+    distances to the nearest training digit there.  The row 'real' has the judge's accuracy on the test digits, the
+    distance from as many training digits to the test digits, and those from held-out digits to the nearest other
+    training digit.  Faces are read by logistic regression on latent means of problem 1's VAE.
+    """
+    cpu = torch.device('cpu')
+    judge = load_net(DigitNet, p5_conditional.JUDGE, 'p3_dann', cpu)[0]
+    digits, test = [read_digits(args.data_dir, 'mnistm', split) for split in ('train', 'test')]
+    training, held_out = split_held_out(len(digits.names))
+    features = p5_conditional.features_of(judge, digits.images, cpu)
+
+    def nearest(found):
+        distances = torch.cat([torch.cdist(part, features[training]).min(1)[0] for part in found.split(100)]).numpy()
+        return dict(nearest=float(distances.mean()), nearest_least=float(np.percentile(distances, 1)))
+
+    of_test = p5_conditional.features_of(judge, test.images, cpu)
+    some = features[training[np.random.RandomState(0).permutation(len(training))[:1000]]]
+    records = [dict(
+        kind='digits', what='real', label='real digits', sampling_steps='', guidance='', images_per_second='',
+        accuracy=accuracy(judge, test.images, test.labels, cpu), frechet=frechet_distance(some, of_test),
+        **nearest(features[held_out]))]
+    rows = [('acgan', '', '')] + [('diffusion', p5_conditional.SAMPLING_STEPS, guidance) for guidance in GUIDANCES] + [
+        ('diffusion', count, p5_conditional.GUIDANCE) for count in SAMPLINGS if count != p5_conditional.SAMPLING_STEPS]
+    for what, sampling_steps, guidance in rows:
+        net = load_net(p5_conditional.build, p5_conditional.path_of(what, 'digits', ''), p5_conditional.PROBLEM, cpu)[0]
+        start = time.time()
+        drawn = p5_conditional.draw_images(net, p5_conditional.SCORED, 0, cpu, sampling_steps, guidance)
+        speed = drawn.shape[0] * drawn.shape[1] / (time.time() - start)
+        asked, drawn = torch.arange(10).repeat(len(drawn)), drawn.flatten(0, 1)
+        found = p5_conditional.features_of(judge, drawn, cpu)
+        records.append(dict(
+            kind='digits', what=what, label=dict(acgan='ACGAN').get(what, what), sampling_steps=sampling_steps,
+            guidance=guidance, images_per_second=f'{speed:.1f}', accuracy=accuracy(judge, drawn, asked, cpu),
+            frechet=frechet_distance(found, of_test), **nearest(found)))
+        print(records[-1], flush=True)
+    records.append(conditional_faces(args.data_dir, cpu))
+    print(records[-1])
+    write_log(p5_conditional.SCORES, records)
+
+
+def conditional_faces(data_dir, cpu):
+    """Score the faces of ACGAN: how often a linear classifier reads the attribute that was asked for."""
+    from sklearn.linear_model import LogisticRegression
+    attribute = p5_conditional.ATTRIBUTE
+    path = p5_conditional.path_of('acgan', 'faces', attribute)
+    net = load_net(p5_conditional.build, path, p5_conditional.PROBLEM, cpu)[0]
+    judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
+    faces, test = [FaceImages(data_dir, split) for split in ('train', 'test')]
+    of_faces, of_test = [p2_gan.latent_means(judge, one.images, cpu).numpy() for one in (faces, test)]
+    classifier = LogisticRegression(solver='lbfgs', max_iter=1000).fit(of_faces, faces.attribute(attribute))
+    drawn = p5_conditional.draw_images(net, 500, 0, cpu)
+    named = classifier.predict(p2_gan.latent_means(judge, drawn.flatten(0, 1), cpu).numpy())
+    return dict(kind='faces', attribute=attribute, accuracy=float((named == np.tile([False, True], 500)).mean()),
+                real_accuracy=float(classifier.score(of_test, test.attribute(attribute))))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples'])
+    parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples', 'conditional'])
     parser.add_argument('--data_dir', default='hw3_data')
     parser.add_argument('names', nargs='*', help='training: p1 to p4; samples: checkpoints, as p2_gan, or real')
     parser.add_argument('--scorer', help='samples: the face scorer')
     parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
     args = parser.parse_args()
     {'linear_code': linear_code, 'training': training, 'scripts': scripts,
-     'samples': samples}[args.what](args)
+     'samples': samples, 'conditional': conditional}[args.what](args)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,213 @@
+"""Problem 5: the diffusion and ACGAN against oracles, and --train and drawing through the command line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, refusals, run
+from PIL import Image
+
+import p5_conditional
+from models import ClassDiscriminator, ClassGenerator, UNet, load_checkpoint
+
+CPU = torch.device('cpu')
+# the real program with small nets that logs and saves often; its judge is another net, which is always there
+QUICK = (f'import sys; sys.path.insert(0, {ROOT!r}); import p5_conditional as program; program.LOG_EVERY = 1; '
+         'program.SAVE_EVERY = 3; program.SCORED = 2; program.LEARNING_RATE_WARM_UP = 2; program.SAMPLING_STEPS = 4; '
+         'program.UNET = dict(channels=[8, 16], told=8); program.LEARNING_RATES["acgan"] = (5e-3, 5e-3); '
+         'program.GENERATOR = dict(digits=dict(latent_dim=4, channels=[4, 6], size=28), '
+         'faces=dict(latent_dim=4, channels=[4, 6, 8], size=64)); '
+         'program.DISCRIMINATOR_CHANNELS = dict(digits=[4, 6], faces=[4, 6, 8]); '
+         f'program.JUDGE = {os.path.join(ROOT, "checkpoints", "p3_dann_mnistm.pth")!r}; '
+         'import models; models.pick_precision = lambda device: "fp32"; ')
+FLAGS = dict(diffusion=[], acgan=['--method', 'acgan'],
+             faces=['--method', 'acgan', '--data', 'faces', '--attribute', 'Smiling'])
+
+
+@pytest.fixture(params=sorted(FLAGS))
+def flags(request):
+    return FLAGS[request.param]
+
+
+def command(data_dir, ckpt, *words, **options):
+    code = QUICK + options.get('before', '') + 'program.main()'
+    return ['python3', '-c', code, '--train', '--data_dir', str(data_dir), '--ckpt', str(ckpt), '--batch_size', '4',
+            '--device', 'cpu'] + [str(word) for word in words]
+
+
+def train(*arguments, **options):
+    return run(command(*arguments, **options), OMP_NUM_THREADS='1')
+
+
+def records(ckpt, kind):
+    with open(str(ckpt).replace('.pth', '.jsonl')) as file:
+        lines = [json.loads(line) for line in file]
+    return [{name: value for name, value in line.items() if name != 'images_per_second'}
+            for line in lines if line['kind'] == kind]
+
+
+def small_unet():
+    """A U-Net whose layers all have weights: new ones leave out what they are told."""
+    torch.manual_seed(0)
+    net = UNet([8, 16], 3, 8).eval()
+    for parameter in net.parameters():
+        if (parameter == 0).all():
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    return net
+
+
+def test_noise_schedule_is_its_closed_form():
+    shares = p5_conditional.signal_shares(500).double().numpy()
+    wave = np.cos((np.arange(501) / 500 + 0.008) / 1.008 * np.pi / 2) ** 2
+    assert shares.shape == (501,) and shares[0] == 1 and (np.diff(shares) < 0).all() and shares[-1] > 0
+    assert np.allclose(shares[:-1], wave[:-1] / wave[0], rtol=1e-4)
+
+
+def test_noised_images_have_the_shares_of_signal_and_noise():
+    x, noise = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 2.0)
+    found = p5_conditional.noised(x, noise, torch.tensor([1.0, 0.36]))
+    assert torch.allclose(found[0], x[0]) and torch.allclose(found[1], torch.tensor(0.6 * 0.5 + 0.8 * 2.0))
+
+
+@pytest.mark.parametrize('steps', [1, 7, 50, 490])
+def test_sampling_with_the_true_noise_returns_the_image(steps):
+    image, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    shares, seen = p5_conditional.signal_shares(), []
+
+    def noise_in(x, step):
+        seen.append(step)
+        return (x - shares[step].sqrt() * image) / (1 - shares[step]).sqrt()
+    start = p5_conditional.noised(image, noise, shares[p5_conditional.SAMPLING_START])
+    found, expected = p5_conditional.denoise(noise_in, start, steps, shown=(1, steps))
+    assert torch.allclose(found, image, atol=1e-3)
+    assert all(torch.allclose(one, image, atol=1e-3) for one in expected)
+    assert len(seen) == steps and seen[0] == 490 and seen == sorted(set(seen), reverse=True)
+
+
+def test_guidance_goes_on_from_the_untold_noise_through_the_told_one():
+    net, x, labels = small_unet(), torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        told = net(x, torch.full((3,), 70), labels)
+        untold = net(x, torch.full((3,), 70), torch.full((3,), 3))
+        assert not torch.allclose(told, untold, atol=1e-4)
+        assert torch.equal(p5_conditional.guided_noise(net, x, 70, labels, 0), told)
+        guided = p5_conditional.guided_noise(net, x, 70, labels, 1.5)
+        assert torch.allclose(guided, 2.5 * told - 1.5 * untold, atol=1e-5)
+
+
+def test_what_the_unet_is_told_moves_its_output():
+    net, x = small_unet(), torch.randn(1, 3, 28, 28).expand(2, -1, -1, -1)
+    with torch.no_grad():
+        for steps, labels in (((5, 5), (0, 2)), ((5, 6), (0, 0))):
+            first, second = net(x, torch.tensor(steps), torch.tensor(labels))
+            assert first.shape == (3, 28, 28) and not torch.allclose(first, second, atol=1e-4)
+
+
+def test_new_unet_is_told_nothing_yet():
+    """Its blocks begin as the identity."""
+    net, x = UNet([8, 16], 3, 8), torch.randn(2, 3, 28, 28)
+    assert torch.equal(*[net(x, torch.tensor([3, 4]), torch.tensor(labels)) for labels in ([0, 1], [2, 3])])
+
+
+@pytest.mark.parametrize('size,channels,classes', [(28, [4, 6], 10), (64, [4, 6, 8, 10], 2)])
+def test_nets_of_acgan(size, channels, classes):
+    generator, discriminator = ClassGenerator(5, classes, channels, size), ClassDiscriminator(classes, channels, size)
+    z = torch.randn(1, 5).expand(2, -1)
+    images = generator.eval()(z, torch.tensor([0, 1]))
+    assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
+    assert not torch.equal(images[0], images[1])
+    scores, logits = discriminator(images)
+    assert scores.shape == (2,) and logits.shape == (2, classes)
+
+
+def test_losses_of_acgan_are_cross_entropies():
+    real, fake, labels = torch.randn(4), torch.randn(4), torch.tensor([0, 2, 1, 2])
+    real_logits, fake_logits = torch.randn(4, 3), torch.randn(4, 3)
+    adversarial, naming = p5_conditional.adversarial_losses(real, fake, real_logits, fake_logits, labels)
+    assert torch.allclose(adversarial, -torch.sigmoid(real).log().mean() - torch.sigmoid(-fake).log().mean())
+    assert torch.allclose(naming, -sum(torch.log_softmax(logits, 1)[range(4), labels].mean()
+                                       for logits in (real_logits, fake_logits)))
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(data_dir, tmp_path, flags):
+    one, two = tmp_path / 'one.pth', tmp_path / 'two.pth'
+    result = train(data_dir, one, '--steps', '20', *flags)
+    assert result.returncode == 0, result.stderr
+    environment = dict(os.environ, OMP_NUM_THREADS='1',
+                       PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'])
+    process = subprocess.Popen(command(data_dir, two, '--steps', '20', *flags), env=environment,
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / 'two_last.pth').exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = train(data_dir, two, '--resume', *flags)
+    assert result.returncode == 0, result.stderr
+    first, second = [load_checkpoint(str(path), 'p5_conditional')['net'] for path in (one, two)]
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for kind in ('train', 'held_out', 'test'):
+        assert records(one, kind) == records(two, kind)
+
+
+def test_label_that_is_dropped_is_not_learned(data_dir, tmp_path):
+    """If all are dropped, what stands for the classes stays as it was, and what stands for none moves."""
+    tables = []
+    for steps in (1, 6):
+        ckpt = tmp_path / f'{steps}.pth'
+        assert train(data_dir, ckpt, '--steps', steps, before='program.LABEL_DROPPED = 1.0; ').returncode == 0
+        tables.append(load_checkpoint(str(ckpt), 'p5_conditional')['net']['label.weight'])
+    assert torch.equal(tables[0][:10], tables[1][:10]) and not torch.equal(tables[0][10], tables[1][10])
+
+
+def test_training_lowers_the_error_of_the_noise(data_dir, tmp_path):
+    ckpt = tmp_path / 'run.pth'
+    result = train(data_dir, ckpt, '--steps', '150', before='program.SAVE_EVERY = 150; ')
+    assert result.returncode == 0, result.stderr
+    losses = [record['noise_loss'] for record in records(ckpt, 'train')]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+def test_draws_a_picture_and_single_images(data_dir, tmp_path, flags):
+    """The same bytes whatever the threads, the processes and the number of images; another seed, other images."""
+    assert train(data_dir, tmp_path / 'x.pth', '--steps', '40', *flags).returncode == 0
+    program = os.path.join(ROOT, 'p5_conditional.py')
+
+    def draw(*words, **variables):
+        result = run(['python3', program, '--ckpt', 'x.pth', '--sampling_steps', '3'] + list(words), cwd=tmp_path,
+                     **variables)
+        assert result.returncode == 0, result.stderr
+    classes, size = (2, 64) if 'faces' in flags else (10, 28)
+    draw('--out', 'one.png', OMP_NUM_THREADS='1')
+    draw('--out', 'two.png', OMP_NUM_THREADS='3')
+    draw('--out', 'other.png', '--seed', '7')
+    with Image.open(str(tmp_path / 'one.png')) as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (classes * (size + 2) + 2, 10 * (size + 2) + 2, 3)
+    contents = [(tmp_path / name).read_bytes() for name in ('one.png', 'two.png', 'other.png')]
+    assert contents[0] == contents[1] != contents[2]
+    draw('--out', 'single', '--n', '3')
+    names = sorted(os.listdir(str(tmp_path / 'single')))
+    assert names == [f'{label}_{index:03d}.png' for label in range(classes) for index in (1, 2, 3)]
+    with Image.open(str(tmp_path / 'single' / '1_002.png')) as image:
+        top, left = 2 + size + 2, 2 + size + 2
+        assert np.array_equal(np.asarray(image), pixels[top:top + size, left:left + size])
+
+
+def test_wrong_flags(tmp_path):
+    rows = [['--out', 'x.png', '--sampling_steps', '0'], ['--out', 'x.png', '--sampling_steps', '491'],
+            ['--out', 'x.png', '--guidance', 'nan'], ['--out', 'x.png', '--guidance', '-1'], ['--train', '--n', '0'],
+            ['--train', '--data', 'faces'], ['--train', '--attribute', 'Smiling'], ['--train', '--method', 'gan'], []]
+    for flags, (code, stderr) in zip(rows, refusals('p5_conditional', rows, tmp_path)):
+        assert code == 2 and stderr.startswith('p5_conditional.py: error:') and stderr.count('\n') == 1, flags
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_output_that_is_no_picture(tmp_path):
+    result = run(['python3', os.path.join(ROOT, 'p5_conditional.py'), '--out', 'x.gif'], cwd=tmp_path)
+    assert_one_line(result, 'x.gif does not end in')
