@@ -92,8 +92,8 @@ def test_sampling_with_the_true_noise_returns_the_image(steps):
 def test_guidance_goes_on_from_the_untold_noise_through_the_told_one():
     net, x, labels = small_unet(), torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        told = net(x, torch.full((3,), 70), labels)
-        untold = net(x, torch.full((3,), 70), torch.full((3,), 3))
+        told = net(x, torch.tensor([70, 70, 70]), labels)
+        untold = net(x, torch.tensor([70, 70, 70]), torch.tensor([3, 3, 3]))
         assert not torch.allclose(told, untold, atol=1e-4)
         assert torch.equal(p5_conditional.guided_noise(net, x, 70, labels, 0), told)
         guided = p5_conditional.guided_noise(net, x, 70, labels, 1.5)
