@@ -662,7 +662,7 @@ def pick_test_images(digits):
 
 def plot_domains(path, domains):
     """A row of eight images of each of domains (a dict from titles to DigitImages), the same at every call."""
-    figure, all_axes = new_figure(6.5, 0.9 * len(domains), rows=len(domains))
+    figure, all_axes = new_figure(6.5, 1.15 * len(domains), rows=len(domains))
     for axes, (title, digits) in zip(all_axes, domains.items()):
         chosen = np.random.RandomState(0).permutation(len(digits.names))[:8]
         draw_pixels(axes, make_grid(digits.images[torch.from_numpy(chosen)], columns=8))
