@@ -1,12 +1,17 @@
 """Read the assignment's images and labels, augment images, and write pictures, tables and figures.
 
 Images are kept as uint8 in memory and become floats batch by batch; whatever can be wrong with a
-user's file or path ends in one UserError that names the cause and the fix.  The last section holds what
-the command lines of all scripts share.
+user's file or path ends in one UserError that names the cause and the fix.  The last sections hold what
+the command lines of all scripts share, and the command that makes the data folder:
+
+    python3 datasets.py hw3_data --celeba img_align_celeba.zip
 """
 import argparse
 import csv
+import errno
 import functools
+import gzip
+import io
 import os
 import re
 import shlex
@@ -14,8 +19,12 @@ import shutil
 import signal
 import stat
 import sys
+import tarfile
+import tempfile
+import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -825,3 +834,302 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in text for words in (
         'out of memory', "can't allocate memory", 'not enough memory', 'could not create a memory', 'bad_alloc',
         'alloc_failed'))
+
+
+# ------------------------------------------------------- the data folder, made from public downloads
+
+PARTS = ('usps', 'mnistm', 'svhn', 'face')
+MNIST_MIRROR = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
+PHOTOS = ('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz',
+          'https://github.com/BIDS/BSDS500/archive/refs/heads/master.zip')
+MNISTM_SEEDS = dict(train=2020, test=1201)     # of the photographs' pieces; the data kit has the same
+ATTRIBUTES = ('Bangs', 'Big_Lips', 'Black_Hair', 'Blond_Hair', 'Brown_Hair', 'Heavy_Makeup', 'High_Cheekbones', 'Male',
+              'Mouth_Slightly_Open', 'Smiling', 'Straight_Hair', 'Wavy_Hair', 'Wearing_Lipstick')
+FACES = dict(train=40000, test=2621)           # of 202,599; the course tells the first number
+FACE_SEED = 2020                               # fixes which ones
+CROP = (35, 69, 145, 179)                      # the course's square of an aligned face of 178x218 pixels
+MEGABYTES = dict(usps=40, mnistm=480, svhn=420, face=450)        # of disk space for the images of a part
+DOWNLOADS = dict(usps=9, mnistm=85, svhn=250, face=0)            # and for its archives
+
+
+def make_data(args):
+    """Write the assignment's data folder to args.out: each split of each part is whole or not there.
+
+    Archives are kept in args.downloads; what is there is used, not fetched.  A stopped split goes on where it
+    stopped.  Raises UserError if an archive cannot be had or is damaged, or if the disk is too small.
+    """
+    missing = [name for name in PARTS if name in args.only and not all(
+        os.path.exists(part_path(args.out, name, split) + '.csv') for split in ('train', 'test'))]
+    if missing and missing != ['face']:
+        torchvision_datasets()             # to say at once if it is missing
+    os.makedirs(args.out, exist_ok=True)
+    wanted = sum(MEGABYTES[name] + DOWNLOADS[name] for name in missing)
+    free = shutil.disk_usage(args.out).free // 10 ** 6
+    print(f'{", ".join(missing) or "nothing"} to make: at most {wanted:,} MB of disk space, {free:,} MB are free',
+          flush=True)
+    if free < wanted and args.limit is None:
+        raise UserError(f'{args.out} needs {wanted:,} MB of disk space and has {free:,} MB: free some, name another '
+                        'folder, or give --limit')
+    for name in missing:
+        for split in ('train', 'test'):
+            header, rows, pictures = MAKERS[name](args, split)
+            write_split(part_path(args.out, name, split), header, rows[:args.limit], pictures,
+                        FACES['train'] if (name, split) == ('face', 'test') else 0)
+    print(f'{args.out} is whole: {", ".join(name for name in PARTS if name in args.only)}')
+
+
+def part_path(out, name, split):
+    """Return the folder of a split of a part; its CSV has the same name and the ending .csv."""
+    return os.path.join(out, *(['face'] if name == 'face' else ['digits', name]), split)
+
+
+def torchvision_datasets():
+    """Return the module torchvision.datasets.  Raises UserError if it cannot be imported."""
+    try:
+        import torchvision.datasets
+        return torchvision.datasets
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f'torchvision cannot be imported ({brief(error)}): install the one that fits this torch, see '
+                        'requirements.txt') from error
+
+
+def write_split(folder, header, rows, pictures, first):
+    """Write a split: folder/00000.png ... from first on, and folder.csv with a row for each.
+
+    rows are the lists of an image's values, and pictures yields an image for each row: a Pillow image or, where the
+    file is there already, a function that makes one, which is then not called.
+    """
+    part, shown, start, made = folder + '.part', time.time(), time.time(), 0
+    names = [f'{first + index:05d}.png' for index in range(len(rows))]
+    if not os.path.isdir(folder):
+        os.makedirs(part, exist_ok=True)
+        for index, (name, picture) in enumerate(zip(names, pictures)):
+            path = os.path.join(part, name)
+            if os.path.exists(path):
+                continue
+            write_whole(path, lambda temporary, picture=picture: picture().save(temporary))
+            made += 1
+            if time.time() - shown > 2:
+                left = int((time.time() - start) / made * (len(rows) - index))
+                print(f'{folder}: {index + 1:,} of {len(rows):,} images, {left // 60}:{left % 60:02d} left', flush=True)
+                shown = time.time()
+        for name in set(os.listdir(part)) - set(names):
+            os.remove(os.path.join(part, name))        # of a run with another --limit
+        os.replace(part, folder)
+
+    def write(temporary):
+        with open(temporary, 'w', newline='') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(['image_name'] + header)
+            writer.writerows([name] + row for name, row in zip(names, rows))
+    write_whole(folder + '.csv', write)
+    print(f'{folder}: {len(rows):,} images', flush=True)
+
+
+def archive(args, name, addresses, md5=None):
+    """Return the path of an archive in args.downloads, fetched from the first of addresses that has it.
+
+    Raises UserError if none has it, or if its MD5 is another.
+    """
+    from torchvision.datasets.utils import check_integrity, download_url
+    path = os.path.join(args.downloads, name)
+    reasons = []
+    for address in addresses:
+        if os.path.exists(path):
+            break
+        print(f'{address} ...', flush=True)
+        try:
+            download_url(address, args.downloads, name + '.part', md5)
+        except Exception as error:         # of urllib, ssl, http or torchvision, and by version another
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            reasons.append(f'{address}: {brief(error)}')
+            continue
+        os.replace(path + '.part', path)
+    if not os.path.exists(path):
+        raise UserError(f'{name} could not be fetched ({"; ".join(reasons)}): try again, or put the file into '
+                        f'{args.downloads} yourself')
+    if not check_integrity(path, md5):
+        raise UserError(f'{path} has a wrong MD5: delete it, so that it is fetched anew')
+    return path
+
+
+def brief(error):
+    """Return the beginning of an error's text in one line, or else its kind."""
+    return ' '.join(str(error).split())[:80] or type(error).__name__
+
+
+def damaged(path, error):
+    """Return the UserError for an archive that cannot be read."""
+    return UserError(f'{path} cannot be read ({brief(error)}): delete it, so that it is fetched anew, or replace it')
+
+
+def make_usps(args, split):
+    """USPS: 16x16 grey, enlarged to 28x28 grey."""
+    kind = torchvision_datasets().USPS
+    address, name, md5 = kind.split_list[split]
+    path = archive(args, name, [address], md5)
+    try:
+        digits = kind(args.downloads, train=split == 'train')
+    except Exception as error:             # a damaged archive raises nearly anything
+        raise damaged(path, error) from error
+    return ['label'], [[label] for label in digits.targets], (
+        lambda image=image: Image.fromarray(image).resize((DIGIT_SIZE, DIGIT_SIZE), Image.BICUBIC)
+        for image in digits.data)
+
+
+def make_svhn(args, split):
+    """SVHN: 32x32 colour, reduced to 28x28."""
+    kind = torchvision_datasets().SVHN
+    address, name, md5 = kind.split_list[split]
+    path = archive(args, name, [address], md5)
+    try:
+        digits = kind(args.downloads, split=split)
+    except Exception as error:             # as for USPS
+        raise damaged(path, error) from error
+    return ['label'], [[label] for label in digits.labels.tolist()], (
+        lambda image=image: Image.fromarray(image.transpose(1, 2, 0)).resize((DIGIT_SIZE, DIGIT_SIZE), Image.BICUBIC)
+        for image in digits.data)
+
+
+def make_mnistm(args, split):
+    """MNIST-M as the course made it: where a digit of MNIST is not 0, a random piece of a photograph is inverted.
+
+    The photographs are those of BSDS500; test digits lie over its test photographs.
+    """
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    kind, prefix, read = torchvision_datasets().MNIST, dict(train='train', test='t10k')[split], []
+    for name, function in ((prefix + '-images-idx3-ubyte', read_image_file),
+                           (prefix + '-labels-idx1-ubyte', read_label_file)):
+        # older versions list whole addresses, which are dead, newer ones names and mirrors
+        (known, md5), = [resource for resource in kind.resources if resource[0].endswith(name + '.gz')]
+        addresses = [mirror + name + '.gz' for mirror in getattr(kind, 'mirrors', [MNIST_MIRROR])]
+        path = archive(args, name + '.gz', addresses + [known] * ('/' in known), md5)
+        try:
+            with gzip.open(path) as packed, tempfile.TemporaryDirectory() as folder:
+                unpacked = os.path.join(folder, name)
+                with open(unpacked, 'wb') as file:
+                    shutil.copyfileobj(packed, file)
+                read.append(function(unpacked).numpy())
+        except Exception as error:         # as for USPS
+            raise damaged(path, error) from error
+    digits, labels = read
+    photos = read_photos(args, split)
+    rng, places = np.random.RandomState(MNISTM_SEEDS[split]), []
+    for _ in digits:
+        photo = photos[rng.randint(len(photos))]
+        places.append((photo, *[rng.randint(length - DIGIT_SIZE + 1) for length in photo.shape[:2]]))
+
+    def blended(digit, photo, top, left):
+        piece = photo[top:top + DIGIT_SIZE, left:left + DIGIT_SIZE].astype(np.int16)
+        return Image.fromarray(np.abs(piece - 255 * (digit[..., None] > 0)).astype(np.uint8))
+    return ['label'], [[label] for label in labels.tolist()], (
+        functools.partial(blended, digit, *place) for digit, place in zip(digits, places))
+
+
+def read_photos(args, split):
+    """Return the photographs of BSDS500 for a split as (H, W, 3) uint8 arrays, sorted by name."""
+    path = args.photos or archive(args, 'BSR_bsds500.tgz', PHOTOS)
+    try:
+        found = {name: content for name, content in files_of(path, is_photo)
+                 if ('/test/' in name) == (split == 'test')}
+        photos = [np.asarray(Image.open(io.BytesIO(found[name])).convert('RGB')) for name in sorted(found)]
+    except Exception as error:             # as for USPS
+        raise damaged(path, error) from error
+    if not photos:
+        raise UserError(f'{path} holds no photographs in images/train, images/val and images/test: name another '
+                        '--photos')
+    return photos
+
+
+def is_photo(name):
+    return name.lower().endswith('.jpg') and any(f'/images/{split}/' in name for split in ('train', 'val', 'test'))
+
+
+def files_of(path, wanted):
+    """Yield (name, content) of the files in a folder, a zip or a tar archive whose name is wanted(name)."""
+    if os.path.isdir(path):
+        for folder, _, names in os.walk(path):
+            for name in [os.path.join(folder, name).replace(os.sep, '/') for name in names]:
+                if wanted(name):
+                    with open(name, 'rb') as file:
+                        yield name, file.read()
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            for name in packed.namelist():
+                if wanted(name):
+                    yield name, packed.read(name)
+    else:
+        with tarfile.open(path) as packed:
+            for member in packed:
+                if member.isfile() and wanted(member.name):
+                    yield member.name, packed.extractfile(member).read()
+
+
+def make_face(args, split):
+    """CelebA, aligned, in the course's crop, reduced to 64x64: a part of it, by a fixed seed, in CelebA's order."""
+    path = args.celeba
+    fix = ('CelebA cannot be fetched by a program any more: get img_align_celeba.zip and list_attr_celeba.txt from '
+           'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or a copy of it, put them side by side, and say '
+           '--celeba img_align_celeba.zip')
+    if path is None:
+        raise UserError(f'--celeba is missing: {fix}; or leave faces out with --only usps mnistm svhn')
+    if not zipfile.is_zipfile(path):
+        raise UserError(f'{path} is no zip file: {fix}')
+    attributes = read_attributes(os.path.join(os.path.dirname(path), 'list_attr_celeba.txt'), fix)
+    packed = zipfile.ZipFile(path)
+    inside = {os.path.basename(name): name for name in packed.namelist() if name.lower().endswith('.jpg')}
+    names = sorted(set(inside) & set(attributes.index))
+    if len(names) < 2:
+        raise UserError(f'{path} holds none of the images that list_attr_celeba.txt names: {fix}')
+    # of a part of CelebA the same share is for training
+    total = min(len(names), sum(FACES.values()))
+    training = total * FACES['train'] // sum(FACES.values())
+    chosen = np.sort(np.random.RandomState(FACE_SEED).permutation(len(names))[:total])
+    chosen = [names[index] for index in (chosen[:training] if split == 'train' else chosen[training:])]
+
+    def cropped(name):
+        try:
+            with Image.open(io.BytesIO(packed.read(inside[name]))) as image:
+                if image.size != (178, 218):
+                    raise ValueError(f'{name} has {image.size[0]}x{image.size[1]} pixels, an aligned face 178x218')
+                return image.convert('RGB').crop(CROP).resize((FACE_SIZE, FACE_SIZE), Image.BICUBIC)
+        except Exception as error:         # as for USPS
+            raise UserError(f'{path} cannot be read ({brief(error)}): {fix}') from error
+    return list(ATTRIBUTES), attributes.loc[chosen].values.tolist(), (
+        functools.partial(cropped, name) for name in chosen)
+
+
+def read_attributes(path, fix):
+    """Return the assignment's 13 attributes of CelebA's images as a DataFrame of 0.0 and 1.0, from its own table."""
+    import pandas as pd
+    if not os.path.isfile(path):
+        raise UserError(f'there is no {path}: {fix}')
+    try:
+        table = pd.read_csv(path, sep=r'\s+', skiprows=1, index_col=0)[list(ATTRIBUTES)]
+        return (table.astype(float) + 1) / 2
+    except (ValueError, KeyError) as error:
+        raise UserError(f'{path} is not as CelebA has it ({brief(error)}): {fix}') from error
+
+
+MAKERS = dict(usps=make_usps, mnistm=make_mnistm, svhn=make_svhn, face=make_face)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Make the data folder of the assignment from public downloads.',
+                                     usage='python3 datasets.py OUT [--only PART ...] [--celeba ZIP] [--limit N]')
+    parser.add_argument('out', metavar='OUT', help='folder to write, hw3_data for instance')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='these parts alone')
+    parser.add_argument('--celeba', help='img_align_celeba.zip; list_attr_celeba.txt must lie beside it')
+    parser.add_argument('--photos', help='archive or folder of BSDS500, if its servers are away')
+    parser.add_argument('--downloads', help='folder of the archives (OUT/downloads)')
+    parser.add_argument('--limit', type=int, help='so many images of each split')
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error('--limit must be at least 1')
+    args.downloads = args.downloads or os.path.join(args.out, 'downloads')
+    run_command(make_data, args)
+
+
+if __name__ == '__main__':
+    main()
