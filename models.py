@@ -29,6 +29,11 @@ import torch.nn.functional as F
 from datasets import (DIGIT_SIZE, DIRECTIONS, SOURCE_OF, UserError, check_no_device, is_out_of_memory, list_images,
                       read_images, to_float, warn, write_whole)
 
+try:
+    import fcntl
+except ImportError:            # on Windows
+    fcntl = None
+
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
 CHECKPOINTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'checkpoints')
@@ -904,20 +909,35 @@ def file_sum(path):
         return hashlib.sha256(file.read()).hexdigest()
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """No other process is in this context of the same folder; others wait.  On Windows they do not."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_sum(path):
     """Put path's SHA-256 into the SHA256SUMS beside it, if there is one, as sha256sum prints it."""
     folder, name = os.path.split(os.path.abspath(path))
     sums = os.path.join(folder, 'SHA256SUMS')
     if not os.path.exists(sums):
         return
-    with open(sums) as file:
-        lines = [line for line in file.read().splitlines() if line.strip() and line.split(None, 1)[-1] != name]
-    lines.append(f'{file_sum(path)}  {name}')
 
     def write(temporary):
         with open(temporary, 'w') as file:
             file.writelines(line + '\n' for line in sorted(lines, key=lambda line: line.split(None, 1)[-1]))
-    write_whole(sums, write)
+    with alone_in(folder):
+        with open(sums) as file:
+            lines = [line for line in file.read().splitlines() if line.strip() and line.split(None, 1)[-1] != name]
+        lines.append(f'{file_sum(path)}  {name}')
+        write_whole(sums, write)
 
 
 def write_log(path, records):
@@ -1182,21 +1202,23 @@ def is_finished(path, settings):
 
 def gather_results(problem, table, constants, name_of):
     """Write into one log what the finished runs of a table, [(settings, path)], measured on test images."""
-    records = []
-    for settings, path in table:
-        log = base_of(path) + '.jsonl'
-        try:
-            lines = read_log(log) if os.path.exists(log) else []
-        except UserError as error:
-            warn(f'the table leaves out a run: {error}')
-            continue
-        if lines and lines[-1]['kind'] == 'test' and lines[0].get('settings') == plain(
-                dict(settings, **constants)):
-            metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
-            records.append(dict(kind='result', row=name_of(settings), source=settings['source'],
-                                target=settings['target'], seed=settings['seed'],
-                                log=os.path.relpath(log, os.path.dirname(CHECKPOINTS)), **metrics))
-    write_log(results_path(problem), records)
+    os.makedirs(CHECKPOINTS, exist_ok=True)
+    with alone_in(CHECKPOINTS):
+        records = []
+        for settings, path in table:
+            log = base_of(path) + '.jsonl'
+            try:
+                lines = read_log(log) if os.path.exists(log) else []
+            except UserError as error:
+                warn(f'the table leaves out a run: {error}')
+                continue
+            if lines and lines[-1]['kind'] == 'test' and lines[0].get('settings') == plain(
+                    dict(settings, **constants)):
+                metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
+                records.append(dict(kind='result', row=name_of(settings), source=settings['source'],
+                                    target=settings['target'], seed=settings['seed'],
+                                    log=os.path.relpath(log, os.path.dirname(CHECKPOINTS)), **metrics))
+        write_log(results_path(problem), records)
 
 
 def rows_of(problem):

@@ -2,7 +2,9 @@
 import copy
 import inspect
 import io
+import multiprocessing
 import os
+import time
 import zipfile
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, run
 
+import models
 import p1_vae
 from datasets import UserError
 from models import (VAE, Generator, PlainPickle, autocast, base_of, cosine_rate, decode_noise, load_checkpoint,
@@ -312,6 +315,26 @@ def test_shipped_checkpoint_is_plain_and_small(problem):
     assert checkpoint['metrics']['images'] >= 1000
     assert set(checkpoint['net']) == set(dict(
         p1_vae=VAE, p2_gan=Generator)[problem](**checkpoint['config']).state_dict())
+
+
+def test_sums_of_processes_that_end_at_once(tmp_path, monkeypatch):
+    """None of them overwrites what another has just written, however long writing takes."""
+    def slowly(path, write, write_whole=models.write_whole):
+        time.sleep(0.05)
+        write_whole(path, write)
+    monkeypatch.setattr(models, 'write_whole', slowly)
+    (tmp_path / 'SHA256SUMS').write_text('')
+    names = [f'{index:02d}.pth' for index in range(8)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    forked = multiprocessing.get_context('fork')
+    workers = [forked.Process(target=write_sum, args=(str(tmp_path / name),)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert [line.split()[1] for line in (tmp_path / 'SHA256SUMS').read_text().splitlines()] == names
 
 
 def test_sum_is_what_sha256sum_writes(tmp_path):
