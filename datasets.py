@@ -7,10 +7,12 @@ the command lines of all scripts share, and the command that makes the data fold
     python3 datasets.py hw3_data --celeba img_align_celeba.zip
 """
 import argparse
+import contextlib
 import csv
 import errno
 import functools
 import gzip
+import http.client
 import io
 import os
 import re
@@ -20,9 +22,10 @@ import signal
 import stat
 import sys
 import tarfile
-import tempfile
 import time
 import unicodedata
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -838,44 +841,53 @@ def is_out_of_memory(error):
 
 # ------------------------------------------------------- the data folder, made from public downloads
 
-PARTS = ('usps', 'mnistm', 'svhn', 'face')
+COUNTS = dict(usps=dict(train=7291, test=2007), mnistm=dict(train=60000, test=10000),
+              svhn=dict(train=73257, test=26032), face=dict(train=40000, test=2621))
+KILOBYTES = dict(usps=4, mnistm=4, svhn=4, face=12)              # that an image takes on a disk
+ARCHIVES = dict(usps=9, mnistm=85, svhn=250, face=0)             # megabytes to fetch for a part
 MNIST_MIRROR = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
 PHOTOS = ('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz',
           'https://github.com/BIDS/BSDS500/archive/refs/heads/master.zip')
+PHOTO = re.compile(r'(?:^|/)images/(train|val|test)/[^./][^/]*[.]jpg$', re.IGNORECASE)
 MNISTM_SEEDS = dict(train=2020, test=1201)     # of the photographs' pieces; the data kit has the same
 ATTRIBUTES = ('Bangs', 'Big_Lips', 'Black_Hair', 'Blond_Hair', 'Brown_Hair', 'Heavy_Makeup', 'High_Cheekbones', 'Male',
               'Mouth_Slightly_Open', 'Smiling', 'Straight_Hair', 'Wavy_Hair', 'Wearing_Lipstick')
-FACES = dict(train=40000, test=2621)           # of 202,599; the course tells the first number
-FACE_SEED = 2020                               # fixes which ones
+FACE_SEED = 2020                               # fixes which of CelebA's faces are taken
 CROP = (35, 69, 145, 179)                      # the course's square of an aligned face of 178x218 pixels
-MEGABYTES = dict(usps=40, mnistm=480, svhn=420, face=450)        # of disk space for the images of a part
-DOWNLOADS = dict(usps=9, mnistm=85, svhn=250, face=0)            # and for its archives
+TIMEOUT = 30                                   # seconds without an answer after which the next address is tried
 
 
 def make_data(args):
     """Write the assignment's data folder to args.out: each split of each part is whole or not there.
 
-    Archives are kept in args.downloads; what is there is used, not fetched.  A stopped split goes on where it
-    stopped.  Raises UserError if an archive cannot be had or is damaged, or if the disk is too small.
+    A split that is there stays as it is; a stopped one goes on where it stopped.  Archives are kept in
+    args.downloads; what is there is used, not fetched.  Raises UserError if an archive cannot be had or is damaged,
+    if only a half of a split is there, or if the disk is too small.
     """
-    missing = [name for name in PARTS if name in args.only and not all(
-        os.path.exists(part_path(args.out, name, split) + '.csv') for split in ('train', 'test'))]
-    if missing and missing != ['face']:
-        torchvision_datasets()             # to say at once if it is missing
-    os.makedirs(args.out, exist_ok=True)
-    wanted = sum(MEGABYTES[name] + DOWNLOADS[name] for name in missing)
+    missing = [(name, split) for name in COUNTS if name in args.only for split in ('train', 'test')
+               if not is_made(part_path(args.out, name, split))]
+    parts = sorted({name for name, _ in missing})
+    if parts and parts != ['face']:
+        torchvision_datasets()             # what is missing is said before anything is made
+    if 'face' in parts:
+        open_celeba(args.celeba)
+    if 'mnistm' in parts and args.photos and not os.path.exists(args.photos):
+        raise UserError(f'there is no {args.photos}: correct --photos')
+    for folder in (args.out, args.downloads):
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'{folder} cannot be made ({error.strerror}): name another folder') from error
+    images = [min(COUNTS[name][split], args.limit or COUNTS[name][split]) * KILOBYTES[name] for name, split in missing]
+    wanted = sum(ARCHIVES[name] for name in parts) + sum(images) // 1000
     free = shutil.disk_usage(args.out).free // 10 ** 6
-    print(f'{", ".join(missing) or "nothing"} to make: at most {wanted:,} MB of disk space, {free:,} MB are free',
-          flush=True)
-    if free < wanted and args.limit is None:
-        raise UserError(f'{args.out} needs {wanted:,} MB of disk space and has {free:,} MB: free some, name another '
-                        'folder, or give --limit')
-    for name in missing:
-        for split in ('train', 'test'):
-            header, rows, pictures = MAKERS[name](args, split)
-            write_split(part_path(args.out, name, split), header, rows[:args.limit], pictures,
-                        FACES['train'] if (name, split) == ('face', 'test') else 0)
-    print(f'{args.out} is whole: {", ".join(name for name in PARTS if name in args.only)}')
+    print(f'{", ".join(parts) or "nothing"} to make, which takes up to {wanted:,} MB; {free:,} MB are free', flush=True)
+    if free < wanted:
+        warn(f'there may be too little space in {args.out}: {wanted:,} MB may be needed, and {free:,} MB are free')
+    for name, split in missing:
+        header, rows, pictures, source = MAKERS[name](args, split)
+        write_split(part_path(args.out, name, split), header, rows[:args.limit], pictures, source,
+                    COUNTS['face']['train'] if (name, split) == ('face', 'test') else 0)
 
 
 def part_path(out, name, split):
@@ -883,69 +895,114 @@ def part_path(out, name, split):
     return os.path.join(out, *(['face'] if name == 'face' else ['digits', name]), split)
 
 
+def is_made(folder):
+    """Return whether a split is there, and say so.  Raises UserError if only its folder or only its CSV is."""
+    table = folder + '.csv'
+    if os.path.isdir(folder) and not os.path.exists(table) and os.path.exists(table + '.part'):
+        os.replace(table + '.part', table)             # it was stopped between the two
+    if os.path.isdir(folder) != os.path.exists(table):
+        there, lacking = (folder, table) if os.path.isdir(folder) else (table, folder)
+        raise UserError(f'there is {there}, but no {lacking}: add what is missing, or delete {there} to make both anew')
+    if os.path.isdir(folder):
+        print(f'{folder} is there already, with {len(os.listdir(folder)):,} images: to make it anew, delete it and '
+              'its CSV', flush=True)
+    return os.path.isdir(folder)
+
+
 def torchvision_datasets():
     """Return the module torchvision.datasets.  Raises UserError if it cannot be imported."""
     try:
+        import scipy.io                    # for SVHN; it comes with scikit-learn
         import torchvision.datasets
-        return torchvision.datasets
+        return scipy.io and torchvision.datasets
     except (ImportError, RuntimeError) as error:
-        raise UserError(f'torchvision cannot be imported ({brief(error)}): install the one that fits this torch, see '
-                        'requirements.txt') from error
+        raise UserError(f'torchvision or scipy cannot be imported ({brief(error)}): install what requirements.txt '
+                        'names for this Python') from error
 
 
-def write_split(folder, header, rows, pictures, first):
+def write_split(folder, header, rows, pictures, source, first):
     """Write a split: folder/00000.png ... from first on, and folder.csv with a row for each.
 
-    rows are the lists of an image's values, and pictures yields an image for each row: a Pillow image or, where the
-    file is there already, a function that makes one, which is then not called.
+    rows are the lists of an image's values, and pictures yields, for each, a function that makes its Pillow image.
+    source tells by which archives; images that a stopped run made of the same are kept.
     """
-    part, shown, start, made = folder + '.part', time.time(), time.time(), 0
+    part, table, mark = folder + '.part', folder + '.csv', os.path.join(folder + '.part', 'source')
     names = [f'{first + index:05d}.png' for index in range(len(rows))]
-    if not os.path.isdir(folder):
-        os.makedirs(part, exist_ok=True)
-        for index, (name, picture) in enumerate(zip(names, pictures)):
-            path = os.path.join(part, name)
-            if os.path.exists(path):
-                continue
-            write_whole(path, lambda temporary, picture=picture: picture().save(temporary))
-            made += 1
-            if time.time() - shown > 2:
-                left = int((time.time() - start) / made * (len(rows) - index))
-                print(f'{folder}: {index + 1:,} of {len(rows):,} images, {left // 60}:{left % 60:02d} left', flush=True)
-                shown = time.time()
-        for name in set(os.listdir(part)) - set(names):
-            os.remove(os.path.join(part, name))        # of a run with another --limit
-        os.replace(part, folder)
-
-    def write(temporary):
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['image_name'] + header)
-            writer.writerows([name] + row for name, row in zip(names, rows))
-    write_whole(folder + '.csv', write)
+    if os.path.isdir(part) and read_text(mark) != source:
+        shutil.rmtree(part)
+    os.makedirs(part, exist_ok=True)
+    write_text(mark, source)
+    start, shown, made = time.time(), time.time(), 0
+    for index, (name, picture) in enumerate(zip(names, pictures)):
+        path = os.path.join(part, name)
+        if os.path.exists(path):
+            continue
+        write_whole(path, lambda temporary, picture=picture: picture().save(temporary))
+        made += 1
+        if time.time() - shown > 2:
+            shown = time.time()
+            print(f'{folder}: {index + 1:,} of {len(rows):,} images, '
+                  + time_left((shown - start) / made * (len(rows) - index - 1)), flush=True)
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator='\n')
+    writer.writerow(['image_name'] + header)
+    writer.writerows([name] + row for name, row in zip(names, rows))
+    write_text(table + '.part', lines.getvalue())
+    for name in set(os.listdir(part)) - set(names):
+        os.remove(os.path.join(part, name))            # the mark, and images of a run with a larger --limit
+    os.replace(part, folder)
+    os.replace(table + '.part', table)
     print(f'{folder}: {len(rows):,} images', flush=True)
 
 
-def archive(args, name, addresses, md5=None):
+def read_text(path):
+    """Return the text of a file, or None if there is none."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding='utf8', newline='') as file:
+        return file.read()
+
+
+def write_text(path, text):
+    def write(temporary):
+        with open(temporary, 'w', encoding='utf8', newline='') as file:
+            file.write(text)
+    write_whole(path, write)
+
+
+def time_left(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d} left'
+
+
+def archive(args, name, addresses, md5=None, check=None):
     """Return the path of an archive in args.downloads, fetched from the first of addresses that has it.
 
-    Raises UserError if none has it, or if its MD5 is another.
+    check(path), where it is given in place of an MD5, raises an exception if the file is not what it should be.
+    Raises UserError if no address has it, or if its MD5 is another.
     """
-    from torchvision.datasets.utils import check_integrity, download_url
-    path = os.path.join(args.downloads, name)
-    reasons = []
-    for address in addresses:
-        if os.path.exists(path):
-            break
-        print(f'{address} ...', flush=True)
+    from torchvision.datasets.utils import check_integrity
+    path, reasons = os.path.join(args.downloads, name), []
+    for address in [] if os.path.exists(path) else addresses:
+        # half a file of one address is none of another's
+        part = f'{path}.{zlib.crc32(address.encode()):08x}.part'
         try:
-            download_url(address, args.downloads, name + '.part', md5)
-        except Exception as error:         # of urllib, ssl, http or torchvision, and by version another
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            download(address, part)
+            if not check_integrity(part, md5):
+                raise ValueError('it has a wrong MD5')
+            if check:
+                check(part)
+            os.replace(part, path)
+            break
+        except Exception as error:         # of urllib, http, ssl, a decoder, and by version another
+            if is_out_of_memory(error):
                 raise
+            if errno.errorcode.get(getattr(error, 'errno', None)) in (
+                    'ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EACCES', 'EPERM'):
+                raise UserError(f'cannot write {part} ({error.strerror}): free some space, or name another '
+                                '--downloads') from error
             reasons.append(f'{address}: {brief(error)}')
-            continue
-        os.replace(path + '.part', path)
+            if isinstance(error, ValueError):          # the file is there and no good
+                os.remove(part)
     if not os.path.exists(path):
         raise UserError(f'{name} could not be fetched ({"; ".join(reasons)}): try again, or put the file into '
                         f'{args.downloads} yourself')
@@ -954,28 +1011,66 @@ def archive(args, name, addresses, md5=None):
     return path
 
 
+def download(address, part):
+    """Fetch what is at an address into the file part, or the rest of it if a beginning is there."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if have and error.code == 416:     # nothing is left to send
+            return
+        raise
+    with answer:
+        have = have if answer.getcode() == 206 else 0
+        length = answer.headers.get('Content-Length')
+        total = have + int(length) if length else None
+        start, shown, begun = time.time(), 0, have
+        with open(part, 'ab' if have else 'wb') as file:
+            while True:
+                block = answer.read(1 << 18)
+                if not block:
+                    break
+                file.write(block)
+                have += len(block)
+                if time.time() - shown > 2:
+                    shown = time.time()
+                    of_all = f' of {total / 1e6:.1f}' if total else ''
+                    left = ', ' + time_left((shown - start) / (have - begun) * (total - have)) if total else ''
+                    print(f'{address}: {have / 1e6:.1f}{of_all} MB{left}', flush=True)
+    if total is not None and have != total:
+        raise http.client.IncompleteRead(b'', total - have)
+
+
 def brief(error):
     """Return the beginning of an error's text in one line, or else its kind."""
     return ' '.join(str(error).split())[:80] or type(error).__name__
 
 
-def damaged(path, error):
-    """Return the UserError for an archive that cannot be read."""
-    return UserError(f'{path} cannot be read ({brief(error)}): delete it, so that it is fetched anew, or replace it')
+@contextlib.contextmanager
+def reading(path, fix='delete it, so that it is fetched anew, or replace it'):
+    """Turn whatever a decoder raises for the file at path into a UserError."""
+    try:
+        yield
+    except Exception as error:             # a damaged file makes decoders raise nearly anything
+        if is_out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise UserError(f'{path} cannot be read ({brief(error)}): {fix}') from error
 
 
 def make_usps(args, split):
-    """USPS: 16x16 grey, enlarged to 28x28 grey."""
+    """USPS: 16x16 grey, enlarged to 28x28 grey.
+
+    Returns, as all four do: the columns and the rows of the CSV, functions that make the images, and the source.
+    """
     kind = torchvision_datasets().USPS
     address, name, md5 = kind.split_list[split]
     path = archive(args, name, [address], md5)
-    try:
+    with reading(path):
         digits = kind(args.downloads, train=split == 'train')
-    except Exception as error:             # a damaged archive raises nearly anything
-        raise damaged(path, error) from error
     return ['label'], [[label] for label in digits.targets], (
         lambda image=image: Image.fromarray(image).resize((DIGIT_SIZE, DIGIT_SIZE), Image.BICUBIC)
-        for image in digits.data)
+        for image in digits.data), md5
 
 
 def make_svhn(args, split):
@@ -983,13 +1078,11 @@ def make_svhn(args, split):
     kind = torchvision_datasets().SVHN
     address, name, md5 = kind.split_list[split]
     path = archive(args, name, [address], md5)
-    try:
+    with reading(path):
         digits = kind(args.downloads, split=split)
-    except Exception as error:             # as for USPS
-        raise damaged(path, error) from error
     return ['label'], [[label] for label in digits.labels.tolist()], (
         lambda image=image: Image.fromarray(image.transpose(1, 2, 0)).resize((DIGIT_SIZE, DIGIT_SIZE), Image.BICUBIC)
-        for image in digits.data)
+        for image in digits.data), md5
 
 
 def make_mnistm(args, split):
@@ -997,23 +1090,18 @@ def make_mnistm(args, split):
 
     The photographs are those of BSDS500; test digits lie over its test photographs.
     """
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-    kind, prefix, read = torchvision_datasets().MNIST, dict(train='train', test='t10k')[split], []
-    for name, function in ((prefix + '-images-idx3-ubyte', read_image_file),
-                           (prefix + '-labels-idx1-ubyte', read_label_file)):
+    kind, prefix = torchvision_datasets().MNIST, dict(train='train', test='t10k')[split]
+    arrays, sums = [], []
+    for name, header, shape in ((prefix + '-images-idx3-ubyte.gz', 16, (-1, DIGIT_SIZE, DIGIT_SIZE)),
+                                (prefix + '-labels-idx1-ubyte.gz', 8, (-1,))):
         # older versions list whole addresses, which are dead, newer ones names and mirrors
-        (known, md5), = [resource for resource in kind.resources if resource[0].endswith(name + '.gz')]
-        addresses = [mirror + name + '.gz' for mirror in getattr(kind, 'mirrors', [MNIST_MIRROR])]
-        path = archive(args, name + '.gz', addresses + [known] * ('/' in known), md5)
-        try:
-            with gzip.open(path) as packed, tempfile.TemporaryDirectory() as folder:
-                unpacked = os.path.join(folder, name)
-                with open(unpacked, 'wb') as file:
-                    shutil.copyfileobj(packed, file)
-                read.append(function(unpacked).numpy())
-        except Exception as error:         # as for USPS
-            raise damaged(path, error) from error
-    digits, labels = read
+        (known, md5), = [resource for resource in kind.resources if resource[0].endswith(name)]
+        mirrors = [mirror + name for mirror in getattr(kind, 'mirrors', [MNIST_MIRROR])]
+        path = archive(args, name, mirrors + [known] * ('/' in known), md5)
+        with reading(path), gzip.open(path) as packed:
+            arrays.append(np.frombuffer(packed.read(), np.uint8, offset=header).reshape(shape))
+        sums.append(md5)
+    digits, labels = arrays
     photos = read_photos(args, split)
     rng, places = np.random.RandomState(MNISTM_SEEDS[split]), []
     for _ in digits:
@@ -1024,102 +1112,109 @@ def make_mnistm(args, split):
         piece = photo[top:top + DIGIT_SIZE, left:left + DIGIT_SIZE].astype(np.int16)
         return Image.fromarray(np.abs(piece - 255 * (digit[..., None] > 0)).astype(np.uint8))
     return ['label'], [[label] for label in labels.tolist()], (
-        functools.partial(blended, digit, *place) for digit, place in zip(digits, places))
+        functools.partial(blended, digit, *place) for digit, place in zip(digits, places)
+    ), ' '.join(sums + [f'{zlib.crc32(photo.tobytes()):08x}' for photo in photos])
 
 
 def read_photos(args, split):
     """Return the photographs of BSDS500 for a split as (H, W, 3) uint8 arrays, sorted by name."""
-    path = args.photos or archive(args, 'BSR_bsds500.tgz', PHOTOS)
-    try:
-        found = {name: content for name, content in files_of(path, is_photo)
-                 if ('/test/' in name) == (split == 'test')}
+    path = args.photos or archive(args, 'BSR_bsds500.tgz', PHOTOS, check=photos_of)
+    with reading(path):
+        found = {name: content for name, content in photos_of(path).items()
+                 if (PHOTO.search(name).group(1).lower() == 'test') == (split == 'test')}
         photos = [np.asarray(Image.open(io.BytesIO(found[name])).convert('RGB')) for name in sorted(found)]
-    except Exception as error:             # as for USPS
-        raise damaged(path, error) from error
-    if not photos:
-        raise UserError(f'{path} holds no photographs in images/train, images/val and images/test: name another '
-                        '--photos')
     return photos
 
 
-def is_photo(name):
-    return name.lower().endswith('.jpg') and any(f'/images/{split}/' in name for split in ('train', 'val', 'test'))
-
-
-def files_of(path, wanted):
-    """Yield (name, content) of the files in a folder, a zip or a tar archive whose name is wanted(name)."""
+def photos_of(path):
+    """Return {name: content} of the photographs in a folder, a zip or a tar archive; ValueError if it lacks some."""
+    found = {}
     if os.path.isdir(path):
         for folder, _, names in os.walk(path):
-            for name in [os.path.join(folder, name).replace(os.sep, '/') for name in names]:
-                if wanted(name):
-                    with open(name, 'rb') as file:
-                        yield name, file.read()
+            for name in names:
+                inside = os.path.relpath(os.path.join(folder, name), path).replace(os.sep, '/')
+                # the folder that is named may be the one of the photographs
+                inside = inside if PHOTO.search(inside) else 'images/' + inside
+                if PHOTO.search(inside):
+                    with open(os.path.join(folder, name), 'rb') as file:
+                        found[inside] = file.read()
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as packed:
-            for name in packed.namelist():
-                if wanted(name):
-                    yield name, packed.read(name)
+            found = {name: packed.read(name) for name in packed.namelist() if PHOTO.search(name)}
     else:
         with tarfile.open(path) as packed:
-            for member in packed:
-                if member.isfile() and wanted(member.name):
-                    yield member.name, packed.extractfile(member).read()
+            found = {member.name: packed.extractfile(member).read() for member in packed
+                     if member.isfile() and PHOTO.search(member.name)}
+    if {PHOTO.search(name).group(1).lower() for name in found} != {'train', 'val', 'test'}:
+        raise ValueError('it lacks photographs in images/train, images/val or images/test')
+    return found
+
+
+CELEBA_FIX = ('CelebA cannot be fetched by a program any more: get img_align_celeba.zip and list_attr_celeba.txt (or '
+              '.csv) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or a copy of it, put them side by side, and '
+              'say --celeba img_align_celeba.zip')
+
+
+def open_celeba(path):
+    """Return the zip file with CelebA's aligned faces, {name of a face: its name there}, and their attributes."""
+    if path is None:
+        raise UserError(f'--celeba is missing: {CELEBA_FIX}; or leave faces out with --only usps mnistm svhn')
+    if not os.path.isfile(path):
+        raise UserError(f'there is no file {path}: {CELEBA_FIX}')
+    with reading(path, CELEBA_FIX):
+        packed = zipfile.ZipFile(path)
+        inside = {os.path.basename(name): name for name in packed.namelist() if name.lower().endswith('.jpg')}
+    for name in ('list_attr_celeba.txt', 'list_attr_celeba.csv'):
+        table = os.path.join(os.path.dirname(path), name)
+        if os.path.isfile(table):
+            with reading(table, CELEBA_FIX):
+                attributes = read_attributes(read_text(table))
+            if len(set(inside) & set(attributes.index)) < 2:
+                raise UserError(f'{path} holds none of the images that {name} names: {CELEBA_FIX}')
+            return packed, inside, attributes
+    raise UserError(f'there is no list_attr_celeba.txt beside {path}: {CELEBA_FIX}')
+
+
+def read_attributes(text):
+    """Return the assignment's 13 attributes of CelebA's images as a DataFrame of 0.0 and 1.0, from its table."""
+    import pandas as pd
+    lines = text.splitlines()
+    if ',' in lines[0]:                    # a copy has commas, and no number of images before its header
+        table, count = pd.read_csv(io.StringIO(text), index_col=0), len(lines) - 1
+    else:
+        table, count = pd.read_csv(io.StringIO(text), sep=r'\s+', skiprows=1, index_col=0), int(lines[0])
+    table = table[list(ATTRIBUTES)]
+    if len(table) != count or table.index.duplicated().any() or not table.isin([-1, 1]).all().all():
+        raise ValueError('it is cut off, or has other values than -1 and 1')
+    return (table.astype(float) + 1) / 2
 
 
 def make_face(args, split):
     """CelebA, aligned, in the course's crop, reduced to 64x64: a part of it, by a fixed seed, in CelebA's order."""
-    path = args.celeba
-    fix = ('CelebA cannot be fetched by a program any more: get img_align_celeba.zip and list_attr_celeba.txt from '
-           'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or a copy of it, put them side by side, and say '
-           '--celeba img_align_celeba.zip')
-    if path is None:
-        raise UserError(f'--celeba is missing: {fix}; or leave faces out with --only usps mnistm svhn')
-    if not zipfile.is_zipfile(path):
-        raise UserError(f'{path} is no zip file: {fix}')
-    attributes = read_attributes(os.path.join(os.path.dirname(path), 'list_attr_celeba.txt'), fix)
-    packed = zipfile.ZipFile(path)
-    inside = {os.path.basename(name): name for name in packed.namelist() if name.lower().endswith('.jpg')}
+    packed, inside, attributes = open_celeba(args.celeba)
     names = sorted(set(inside) & set(attributes.index))
-    if len(names) < 2:
-        raise UserError(f'{path} holds none of the images that list_attr_celeba.txt names: {fix}')
     # of a part of CelebA the same share is for training
-    total = min(len(names), sum(FACES.values()))
-    training = total * FACES['train'] // sum(FACES.values())
+    total = min(len(names), sum(COUNTS['face'].values()))
+    training = total * COUNTS['face']['train'] // sum(COUNTS['face'].values())
     chosen = np.sort(np.random.RandomState(FACE_SEED).permutation(len(names))[:total])
     chosen = [names[index] for index in (chosen[:training] if split == 'train' else chosen[training:])]
 
     def cropped(name):
-        try:
-            with Image.open(io.BytesIO(packed.read(inside[name]))) as image:
-                if image.size != (178, 218):
-                    raise ValueError(f'{name} has {image.size[0]}x{image.size[1]} pixels, an aligned face 178x218')
-                return image.convert('RGB').crop(CROP).resize((FACE_SIZE, FACE_SIZE), Image.BICUBIC)
-        except Exception as error:         # as for USPS
-            raise UserError(f'{path} cannot be read ({brief(error)}): {fix}') from error
+        with reading(args.celeba, CELEBA_FIX), Image.open(io.BytesIO(packed.read(inside[name]))) as image:
+            if image.size != (178, 218):
+                raise ValueError(f'{name} has {image.size[0]}x{image.size[1]} pixels, an aligned face 178x218')
+            return image.convert('RGB').crop(CROP).resize((FACE_SIZE, FACE_SIZE), Image.BICUBIC)
     return list(ATTRIBUTES), attributes.loc[chosen].values.tolist(), (
-        functools.partial(cropped, name) for name in chosen)
-
-
-def read_attributes(path, fix):
-    """Return the assignment's 13 attributes of CelebA's images as a DataFrame of 0.0 and 1.0, from its own table."""
-    import pandas as pd
-    if not os.path.isfile(path):
-        raise UserError(f'there is no {path}: {fix}')
-    try:
-        table = pd.read_csv(path, sep=r'\s+', skiprows=1, index_col=0)[list(ATTRIBUTES)]
-        return (table.astype(float) + 1) / 2
-    except (ValueError, KeyError) as error:
-        raise UserError(f'{path} is not as CelebA has it ({brief(error)}): {fix}') from error
+        functools.partial(cropped, name) for name in chosen), f'{os.path.getsize(args.celeba)} {len(names)}'
 
 
 MAKERS = dict(usps=make_usps, mnistm=make_mnistm, svhn=make_svhn, face=make_face)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Make the data folder of the assignment from public downloads.',
-                                     usage='python3 datasets.py OUT [--only PART ...] [--celeba ZIP] [--limit N]')
+    parser = argparse.ArgumentParser(description='Make the data folder of the assignment from public downloads.')
     parser.add_argument('out', metavar='OUT', help='folder to write, hw3_data for instance')
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS, help='these parts alone')
+    parser.add_argument('--only', nargs='+', choices=list(COUNTS), default=list(COUNTS), help='these parts alone')
     parser.add_argument('--celeba', help='img_align_celeba.zip; list_attr_celeba.txt must lie beside it')
     parser.add_argument('--photos', help='archive or folder of BSDS500, if its servers are away')
     parser.add_argument('--downloads', help='folder of the archives (OUT/downloads)')
@@ -1127,6 +1222,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error('--limit must be at least 1')
+    for name in ('out', 'celeba', 'photos', 'downloads'):
+        if getattr(args, name) is not None:
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.downloads = args.downloads or os.path.join(args.out, 'downloads')
     run_command(make_data, args)
 
