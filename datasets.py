@@ -264,13 +264,17 @@ class FaceImages(object):
         self.attributes = read_csv(self.csv, self.names)
         self.images = read_images(folder, self.names, FACE_SIZE)
 
-    def attribute(self, name):
-        """Return (N,) bool: which faces have the attribute.  Raises UserError if it is unknown."""
+    def column(self, name):
+        """Return the attribute of this name, in whatever case it is written.  Raises UserError if it is unknown."""
         columns = {column.lower(): column for column in self.attributes.columns}
         if name.lower() not in columns:
             raise UserError(f'{self.csv} has no attribute {name}: choose one of '
                             + ', '.join(self.attributes.columns))
-        return read_numbers(self.attributes[columns[name.lower()]], self.csv, 'write 0.0 or 1.0') > 0.5
+        return columns[name.lower()]
+
+    def attribute(self, name):
+        """Return (N,) bool: which faces have the attribute.  Raises UserError if it is unknown."""
+        return read_numbers(self.attributes[self.column(name)], self.csv, 'write 0.0 or 1.0') > 0.5
 
 
 class DigitImages(object):
@@ -478,8 +482,7 @@ def save_single(folder, images, names=None):
 
     Raises UserError if the folder exists and is not empty.
     """
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f'{folder} exists and is no empty folder: name a new one for the images')
+    check_new_folder(folder)
 
     def write(temporary):
         os.mkdir(temporary)
@@ -488,6 +491,12 @@ def save_single(folder, images, names=None):
             name = names[index] if names else f'{index:05d}'
             Image.fromarray(pixels).save(os.path.join(temporary, name + '.png'))
     write_whole(folder, write)
+
+
+def check_new_folder(folder):
+    """Raise UserError if something but an empty folder is there."""
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f'{folder} exists and is no empty folder: name a new one for the images')
 
 
 def write_predictions(path, names, labels):
@@ -1151,8 +1160,8 @@ def photos_of(path):
 
 
 CELEBA_FIX = ('CelebA cannot be fetched by a program any more: get img_align_celeba.zip and list_attr_celeba.txt (or '
-              '.csv) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or a copy of it, put them side by side, and '
-              'say --celeba img_align_celeba.zip')
+              '.csv) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html or a copy of it, put them side by side, '
+              'and say --celeba img_align_celeba.zip')
 
 
 def open_celeba(path):

@@ -260,9 +260,10 @@ class Swish(nn.Module):
 
 
 class ToldBlock(nn.Module):
-    """Residual block that is told something about all of an image (Ho et al. 2020, arXiv 2006.11239, appendix B).
+    """Residual block that is told something about all of an image, by a scale and a shift after its second norm.
 
-    (N, before, H, W) and what it is told, (N, told) -> (N, after, H, W).
+    (N, before, H, W) and what it is told, (N, told) -> (N, after, H, W).  Source: Ho et al. 2020 (arXiv 2006.11239),
+    appendix B, with the scale of Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
     def __init__(self, before, after, told):
@@ -272,7 +273,7 @@ class ToldBlock(nn.Module):
         self.norm = nn.GroupNorm(8, after)
         self.second = nn.Sequential(Swish(), nn.Conv2d(after, after, kernel_size=3, padding=1))
         self.skip = nn.Identity() if before == after else nn.Conv2d(before, after, kernel_size=1)
-        nn.init.zeros_(self.second[1].weight)          # so that a new block changes nothing
+        nn.init.zeros_(self.second[1].weight)          # so that a new block is its skip alone
         nn.init.zeros_(self.second[1].bias)
 
     def forward(self, x, told):
@@ -289,7 +290,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels, classes, told):
         super(UNet, self).__init__()
-        self.classes, self.told = classes, told
+        self.classes, self.told, self.swish = classes, told, Swish()
         self.label = nn.Embedding(classes + 1, told)
         self.step = nn.Sequential(nn.Linear(told, told), Swish(), nn.Linear(told, told))
         pairs = list(zip(channels, channels[1:]))
@@ -304,11 +305,11 @@ class UNet(nn.Module):
                                  nn.Conv2d(channels[0], 3, kernel_size=3, padding=1))
 
     def forward(self, x, steps, labels):
-        # waves of the step number, from one of length 2 pi to one of length 20,000 pi (Vaswani et al. 2017)
+        # waves of the step number, of lengths from 2 pi to almost 20,000 pi (Vaswani et al. 2017)
         count = self.told // 2
-        lengths = torch.exp(torch.arange(count, device=x.device).float() * (-math.log(10000) / count))
-        waves = steps.float().unsqueeze(1) * lengths
-        told = F.leaky_relu(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels), 0.2)
+        frequencies = torch.exp(torch.arange(count, device=x.device).float() * (-math.log(10000) / count))
+        waves = steps.float().unsqueeze(1) * frequencies
+        told = self.swish(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels))
         x, skips = self.begin(x), []
         for block, shrink in zip(self.down, self.shrink):
             x = block(x, told)
@@ -323,7 +324,7 @@ class UNet(nn.Module):
 
 
 class ClassGenerator(nn.Module):
-    """Noise (N, latent_dim) and labels (N,) -> (N, 3, size, size) float in [-1, 1] (Odena et al. 2017).
+    """Noise (N, latent_dim) and labels (N,) -> (N, 3, size, size) float in [-1, 1].
 
     The label's embedding multiplies the noise.  channels are those at size / 2, size / 4, ... pixels.
     """
@@ -496,16 +497,22 @@ def decode_noise(decoder, count, dimensions, seed, device):
     adds up, and with it the last bit, may change with the batch size and the number of threads.
     """
     noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)
+    with repeatable():
+        return to_uint8(run_batches(decoder, device, torch.from_numpy(noise), batch_size=1))
+
+
+@contextlib.contextmanager
+def repeatable():
+    """In this context a net gives the same to the last bit on one machine: one thread, and no shortcuts of a GPU."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, getattr(cudnn, 'allow_tf32', False)
     torch.set_num_threads(1)
     cudnn.deterministic, cudnn.allow_tf32 = True, False
     try:
-        images = run_batches(decoder, device, torch.from_numpy(noise), batch_size=1)
+        yield
     finally:
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.allow_tf32 = before
-    return to_uint8(images)
 
 
 def to_uint8(images):

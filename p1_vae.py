@@ -214,7 +214,7 @@ def pick_attribute(wanted, faces, of_faces, test, of_test):
     from sklearn.metrics import balanced_accuracy_score
     training, held_out = split_held_out(len(faces.names))
     found = []
-    for name in [wanted] if wanted else faces.attributes.columns:
+    for name in [faces.column(wanted)] if wanted else faces.attributes.columns:
         of_name = faces.attribute(name)
         parts = [(of_faces[rows].numpy(), of_name[rows.numpy()]) for rows in (training, held_out)]
         parts.append((of_test.numpy(), test.attribute(name)))
@@ -224,7 +224,7 @@ def pick_attribute(wanted, faces, of_faces, test, of_test):
     if len(test.names) < 10 or not found:
         raise UserError(f'the figures need ten test faces, and faces with and without {wanted or "some attribute"} in '
                         'each part of the data: choose another --attribute, or add images')
-    _, accuracy, name = max(found)
+    _, accuracy, name = max(found, key=lambda one: one[0])
     return name, accuracy
 
 

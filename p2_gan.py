@@ -13,7 +13,8 @@ Six methods with one generator and one width of the discriminator:
 Differences from the papers: all have DCGAN's nets, show the discriminator augmented images (Zhao et al.
 2020, arXiv 2006.10738, at a fraction of its strength), let the learning rates fall to 0 over the last third of
 the steps, and keep an average of the generator over its updates (EMA); one batch of drawn faces serves both
-updates of a step; learning rates as in METHODS.
+updates of a step; learning rates as in METHODS; Adam's settings are not corrected for the steps at which r1 has no
+penalty.
 
     bash hw3_p2.sh fig2_2.png                          draw 32 faces, as the grader does
     python3 p2_gan.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -60,7 +61,9 @@ METHODS = dict(              # learning rates of G and of D; G learns at every g
     wgan_div=dict(loss='wasserstein', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5),
     dragan=dict(loss='logistic', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
     r1=dict(loss='logistic', norm='none', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.99), generator_every=1))
-PENALTIES = dict(            # weight of a method's penalty, which is added at every so many-th step, times that number
+# weight is the mean weight of a method's penalty; every is the number of steps from one penalty to the next, by which
+# it is multiplied
+PENALTIES = dict(
     wgan_gp=dict(weight=10, every=1), wgan_div=dict(weight=2, every=1), dragan=dict(weight=10, every=1),
     r1=dict(weight=0.05, every=16))
 FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
@@ -111,8 +114,8 @@ def gradient_penalty(method, score, real, fake, rng):
 
     wgan_gp    (|g| - 1)^2 at random points between real and drawn images: Gulrajani et al. 2017, eq. 3
     wgan_div   |g|^6 at such points: Wu et al. 2018, with their p = 6; k = 2 is the weight
-    dragan     (|g| - 1)^2 at real images that are changed by uniform noise of half their standard deviation:
-               Kodali et al. 2017, algorithm 1
+    dragan     (|g| - 1)^2 at real images to which noise is added, uniform between 0 and half of their standard
+               deviation: Kodali et al. 2017, with the noise of public implementations
     r1         |g|^2 at real images: Mescheder et al. 2018, eq. 9, where gamma / 2 is the weight
     """
     if method == 'r1':
@@ -127,7 +130,8 @@ def gradient_penalty(method, score, real, fake, rng):
     squares = (gradient ** 2).flatten(1).sum(1)
     if method == 'r1':
         return squares.mean()
-    return (squares ** 3 if method == 'wgan_div' else (squares.sqrt() - 1) ** 2).mean()
+    # a little more than 0, where the square root has no gradient
+    return (squares ** 3 if method == 'wgan_div' else ((squares + 1e-12).sqrt() - 1) ** 2).mean()
 
 
 def falling_rate(step, steps, peak):

@@ -2,39 +2,44 @@
 
 Two methods, from the later years of the course:
 
-    diffusion  a U-Net learns the noise in images (Ho et al. 2020, arXiv 2006.11239), told the label or, for a
-               tenth of the images, not (classifier-free guidance: Ho and Salimans 2022, arXiv 2207.12598).
+    diffusion  a U-Net learns the noise in images (Ho et al. 2020, arXiv 2006.11239).  It is told their labels,
+               but for a tenth of the images (classifier-free guidance: Ho and Salimans 2022, arXiv 2207.12598).
                The schedule of the noise is a cosine (Nichol and Dhariwal 2021, arXiv 2102.09672), and sampling
                is deterministic (DDIM: Song et al. 2021, arXiv 2010.02502).
     acgan      a generator and a discriminator that also names the label (Odena et al. 2017, arXiv 1610.09585),
                with spectral norm (Miyato et al. 2018, arXiv 1802.05957)
 
 Both draw MNIST-M's digits (--data digits); acgan also draws faces with and without an attribute (--data faces).
-Both keep an average of the weights over the training steps (EMA).
+Differences from the papers: the U-Net has no attention, and sampling limits the image that it expects to [-1, 1]
+and starts a little before the last step of the noise; ACGAN's generator multiplies the noise by the label's
+embedding and has the non-saturating loss; an average of the weights over the training steps (EMA) is kept.
 
     bash hw3_p5.sh OUT.png                             draw ten digits of each class, as the grader does
     bash hw3_p5.sh FOLDER                              draw 100 single images of each class
     python3 p5_conditional.py --train --method acgan --data faces --attribute Smiling
     python3 p5_conditional.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
-Rule of choice: the schedule is fixed, and the last average is kept.  The test digits are measured once, at
-the end of --train, by the upper bound of problem 3.
+Rule of choice: the schedule is fixed, and the last average is kept.  Drawn digits are scored at the end of
+--train, by the upper bound of problem 3.  `tests/benchmark.py conditional` scores other numbers of sampling steps
+and weights of the guidance too; these scores choose nothing, for the defaults were set before.
 """
 import copy
 import csv
 import math
 import os
+import textwrap
+import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, check_out, content_sum, draw_pixels,
-                      draw_text, make_grid, new_figure, new_parser, parse_shared, random_flip, read_digits, run_command,
-                      save_figure, save_picture, save_single, split_held_out, to_float, write_whole)
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_out, content_sum,
+                      draw_pixels, draw_text, make_grid, new_figure, new_parser, parse_shared, random_flip, read_digits,
+                      run_command, save_figure, save_picture, save_single, split_held_out, to_float, write_whole)
 from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, UNet, accuracy, base_of,
-                    cosine_rate, frechet_distance, in_processes, load_net, on_device, pick_device, process_count,
-                    read_log, run_batches, take_step, to_uint8, update_average)
+                    cosine_rate, file_sum, frechet_distance, in_processes, load_net, on_device, pick_device,
+                    process_count, read_log, repeatable, run_batches, take_step, to_uint8, update_average)
 
 PROBLEM = 'p5_conditional'
 
@@ -72,6 +77,7 @@ SAMPLING_STEPS = 50          # of DDIM
 SAMPLING_START = 490         # step of the noise where it starts; later ones leave too little signal to tell an image
 GUIDANCE = 2.0               # weight of the guidance
 COLUMNS = 10                 # images of each class in the picture
+OTHER_PICTURES = ('.bmp', '.gif', '.tif', '.tiff', '.webp')        # endings that name no folder
 SINGLE = 100                 # images of each class in a folder
 MOMENTS = (1, 10, 20, 30, 40, 50)                                  # steps of sampling that fig5_3 shows
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')              # of tests/benchmark.py
@@ -118,16 +124,17 @@ def guided_noise(net, x, step, labels, guidance):
 
 
 def denoise(noise_in, x, sampling_steps, shown=()):
-    """Turn noise x (N, 3, H, W) into images in [-1, 1] by so many steps, noise_in(x, step) says what noise is in x.
+    """Turn noise x (N, 3, H, W) into images in [-1, 1] by so many steps.
 
-    Returns the images, and for each number in shown the image as it was expected after so many steps.
-    Source: Song et al. 2021, eq. 12 with sigma = 0; the expected image is limited to [-1, 1].
+    noise_in(x, step) returns the noise that is in x.  Returns the images, and for each number in shown the image as
+    it was expected after so many steps.  Source: Song et al. 2021, eq. 12 with sigma = 0; the expected image is
+    limited to [-1, 1].
     """
     shares, expected = signal_shares(), []
-    times = np.round(np.linspace(SAMPLING_START, 0, sampling_steps + 1)).astype(int).tolist()
-    for count, (time, after) in enumerate(zip(times, times[1:]), 1):
-        share, next_share = float(shares[time]), float(shares[after])
-        noise = noise_in(x, time)
+    steps = np.round(np.linspace(SAMPLING_START, 0, sampling_steps + 1)).astype(int).tolist()
+    for count, (step, after) in enumerate(zip(steps, steps[1:]), 1):
+        share, next_share = float(shares[step]), float(shares[after])
+        noise = noise_in(x, step)
         image = ((x - math.sqrt(1 - share) * noise) / math.sqrt(share)).clamp(-1, 1)
         # the noise that is in x if that is the image
         noise = (x - math.sqrt(share) * image) / math.sqrt(1 - share)
@@ -156,28 +163,35 @@ def to_unit(images):
 def train(args):
     """Train on data_dir and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    settings = {name: getattr(args, name) or DEFAULTS[name] for name in ('method', 'data', 'attribute')}
-    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or path_of(**settings))
+    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or path_of(args.method, args.data, args.attribute))
     data = run.settings['data']
     # data
     images, labels, test = read_data(args.data_dir, data, run.settings['attribute'])
     training, held_out = split_held_out(len(images))
-    judge = load_net(DigitNet, JUDGE, 'p3_dann', run.device)[0] if data == 'digits' else None
+    facts = dict(training_images=len(training), held_out=len(held_out), data=content_sum(images, labels, test.images))
+    if data == 'digits':
+        if not os.path.exists(JUDGE):
+            raise UserError(f'there is no {JUDGE}: p3_dann.py --train --target mnistm --setting target makes it')
+        judge, facts['judge'] = load_net(DigitNet, JUDGE, 'p3_dann', run.device)[0], file_sum(JUDGE)
     # nets, optimizers and loop
     learn = learn_diffusion if run.settings['method'] == 'diffusion' else learn_acgan
-    config, facts = learn(run, images, labels, training, held_out, content_sum(images, labels, test.images))
+    config, more = learn(run, images, labels, training, held_out, facts)
     # final check from file
     net = run.from_file(build(**config), 'average')
-    metrics = measure(net, judge, test.images, run.device) if judge else {}
-    run.finish(net, config, dict(images=len(test.names), **metrics), **facts)
+    metrics = dict(images=len(test.names), **measure(net, judge, test.images, run.device)) if data == 'digits' else {}
+    run.finish(net, config, metrics, **more)
 
 
 def path_of(method, data, attribute):
-    """Return the checkpoint of a run with default lengths: the shipped one, or acgan.pth, acgan_smiling.pth, ..."""
+    """Return the checkpoint of these settings or, where they are None, the default ones.
+
+    It is the shipped one, or p5_methods/acgan.pth, p5_methods/acgan_smiling.pth, ...
+    """
+    method, data = method or DEFAULTS['method'], data or DEFAULTS['data']
     if (method, data) == (DEFAULTS['method'], DEFAULTS['data']):
         return os.path.join(CHECKPOINTS, PROBLEM + '.pth')
-    return os.path.join(CHECKPOINTS, 'p5_methods', '_'.join([method] + ([attribute.lower()] if attribute else []))
-                        + '.pth')
+    name = method if data == 'digits' else f'{method}_{(attribute or ATTRIBUTE).lower()}'
+    return os.path.join(CHECKPOINTS, 'p5_methods', name + '.pth')
 
 
 def read_data(data_dir, data, attribute):
@@ -186,8 +200,10 @@ def read_data(data_dir, data, attribute):
         digits = read_digits(data_dir, 'mnistm', 'train')
         return digits.images, digits.labels, read_digits(data_dir, 'mnistm', 'test')
     faces = FaceImages(data_dir, 'train')
-    return (faces.images, torch.from_numpy(faces.attribute(attribute).astype(np.int64)),
-            FaceImages(data_dir, 'test'))
+    has = faces.attribute(attribute)
+    if has.all() or not has.any():
+        raise UserError(f'all training faces are alike in {attribute}: choose another --attribute')
+    return faces.images, torch.from_numpy(has.astype(np.int64)), FaceImages(data_dir, 'test')
 
 
 def build(**config):
@@ -196,7 +212,7 @@ def build(**config):
 
 
 def next_batch(run, images, labels, training):
-    """Return the next random images of a run, in [-1, 1] and on its device, and their labels; faces are mirrored."""
+    """Return random images, in [-1, 1] and on the run's device, and their labels; half of the faces are mirrored."""
     rows = training[torch.randint(len(training), (run.batch_size,), generator=run.rng)]
     x = 2 * to_float(images[rows]) - 1
     if run.settings['data'] == 'faces':
@@ -204,20 +220,23 @@ def next_batch(run, images, labels, training):
     return on_device(x, run.device), labels[rows].to(run.device)
 
 
-def learn_diffusion(run, images, labels, training, held_out, data):
+def learn_diffusion(run, images, labels, training, held_out, facts):
     """Let a U-Net learn the noise; return its config and what else the checkpoint holds."""
+    # nets
     device, shares = run.device, signal_shares().to(run.device)
     classes = CLASSES[run.settings['data']]
     config = dict(UNET, classes=classes)
     net = run.keep(net=UNet(**config))
     average = run.keep(average=copy.deepcopy(net)).eval()
-    run.facts(net, training_images=len(training), held_out=len(held_out), data=data)
+    run.facts(net, **facts)
+    # optimizers
     peak, = LEARNING_RATES['diffusion']
     optimizer = run.keep(optimizer=torch.optim.Adam(net.parameters(), lr=peak, betas=BETAS['diffusion']))
     # held-out images always have the same noise
     rng = torch.Generator().manual_seed(0)
     watched = (2 * to_float(images[held_out]) - 1, torch.randint(1, NOISE_STEPS + 1, (len(held_out),), generator=rng),
                labels[held_out], torch.randn(images[held_out].shape, generator=rng))
+    # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch
         x, told = next_batch(run, images, labels, training)
@@ -241,8 +260,9 @@ def learn_diffusion(run, images, labels, training, held_out, data):
     return config, {}
 
 
-def learn_acgan(run, images, labels, training, held_out, data):
-    """Let a generator and a discriminator learn; return the generator's config and the discriminator's."""
+def learn_acgan(run, images, labels, training, held_out, facts):
+    """Let a generator and a discriminator learn; return the generator's config and what else is to be saved."""
+    # nets
     device, name = run.device, run.settings['data']
     classes = CLASSES[name]
     config = dict(GENERATOR[name], classes=classes)
@@ -250,10 +270,12 @@ def learn_acgan(run, images, labels, training, held_out, data):
     generator = run.keep(net=ClassGenerator(**config))
     discriminator = run.keep(discriminator=ClassDiscriminator(**of_discriminator))
     average = run.keep(average=copy.deepcopy(generator)).eval()
-    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), data=data)
+    run.facts(generator, discriminator, **facts)
+    # optimizers
     optimizers = [run.keep(**{key: torch.optim.Adam(net.parameters(), lr=peak, betas=BETAS['acgan'])})
                   for key, net, peak in zip(('generator_optimizer', 'discriminator_optimizer'),
                                             (generator, discriminator), LEARNING_RATES['acgan'])]
+    # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         rates = [cosine_rate(step, run.last_step, peak, LEARNING_RATE_WARM_UP) for peak in LEARNING_RATES['acgan']]
         # batch: the drawn images have the labels of the real ones
@@ -279,10 +301,10 @@ def learn_acgan(run, images, labels, training, held_out, data):
                 named_loss=named.detach(), learning_rate=rates[0])
         if run.saves:
             discriminator.eval()
-            named = run_batches(lambda batch: discriminator(2 * to_float(batch) - 1)[1].argmax(1), device,
+            found = run_batches(lambda batch: discriminator(2 * to_float(batch) - 1)[1].argmax(1), device,
                                 images[held_out])
             discriminator.train()
-            run.measured(accuracy=(named.long() == labels[held_out]).float().mean().item())
+            run.measured(accuracy=(found.long() == labels[held_out]).float().mean().item())
     return config, dict(discriminator_config=of_discriminator)
 
 
@@ -308,21 +330,22 @@ def features_of(judge, images, device):
 
 def infer(args):
     """Draw images: a row for each class in one picture at --out, or single images in the folder --out."""
-    single = args.n is not None or not os.path.splitext(args.out)[1]
-    if not single:
+    single = os.path.isdir(args.out) or not args.out.lower().endswith(PICTURE_ENDINGS + OTHER_PICTURES)
+    if single:
+        check_new_folder(args.out)
+    else:
         check_out(args.out, PICTURE_ENDINGS)
     # on the CPU unless asked otherwise: the picture is the same on every machine
     device = pick_device(args.device or 'cpu')
-    net = load_net(build, args.ckpt or path_of(*[DEFAULTS[name] for name in ('method', 'data', 'attribute')]), PROBLEM,
-                   device)[0]
-    sampling_steps, guidance = [default if asked is None else asked for asked, default in (
-        (args.sampling_steps, SAMPLING_STEPS), (args.guidance, GUIDANCE))]
+    net = load_net(build, args.ckpt or path_of(args.method, args.data, args.attribute), PROBLEM, device)[0]
     images = draw_images(net, args.n or (SINGLE if single else COLUMNS), args.seed or DEFAULTS['seed'], device,
-                         sampling_steps, guidance)
-    count, classes = images.shape[:2]
+                         args.sampling_steps, args.guidance)
+    count = len(images)
     images = images.transpose(0, 1).flatten(0, 1)      # class after class
     if single:
-        save_single(args.out, images, [f'{index // count}_{index % count + 1:03d}' for index in range(len(images))])
+        digits = max(3, len(str(count)))
+        save_single(args.out, images, [f'{index // count}_{index % count + 1:0{digits}d}'
+                                       for index in range(len(images))])
     else:
         save_picture(args.out, make_grid(images, count))
 
@@ -336,13 +359,15 @@ def draw_images(net, count, seed, device, sampling_steps=SAMPLING_STEPS, guidanc
     classes = net.classes if isinstance(net, UNet) else net.label.num_embeddings
     dimensions = 3 * 28 * 28 if isinstance(net, UNet) else net.project.in_features
     noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return torch.from_numpy(np.stack(list(in_processes(
-            process_count(device, count), draw_classes, list(noise), net, classes, device, sampling_steps, guidance))))
-    finally:
-        torch.set_num_threads(threads)
+    drawn, shown = [], time.time()
+    with repeatable():
+        for images in in_processes(process_count(device, count), draw_classes, list(noise), net, classes, device,
+                                   sampling_steps, guidance):
+            drawn.append(images)
+            if time.time() - shown > 2:
+                print(f'{len(drawn) * classes:,} of {count * classes:,} images', flush=True)
+                shown = time.time()
+    return torch.from_numpy(np.stack(drawn))
 
 
 def draw_classes(noise, net, classes, device, sampling_steps, guidance):
@@ -369,6 +394,8 @@ def plot(args):
     nets, logs, scores = {}, {}, read_log(SCORES)
     for name, path in paths.items():
         nets[name], checkpoint = load_net(build, path, PROBLEM, device)
+        if isinstance(nets[name], UNet) != (name == 'diffusion'):
+            raise UserError(f'{path} holds no net for {name}: name the one of diffusion as --ckpt')
         logs[name] = read_log(base_of(path) + '.jsonl')
         if name == 'acgan':
             discriminator = ClassDiscriminator(**checkpoint['discriminator_config'])
@@ -397,7 +424,7 @@ def plot_sampling(path, net, device):
     """fig5_3: the first 0 of fig5_2, as it is expected after some of the steps of sampling."""
     noise = np.random.RandomState(DEFAULTS['seed']).standard_normal((1, 3, 28, 28)).astype(np.float32)
     label = torch.zeros(1, dtype=torch.long, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), repeatable():
         _, expected = denoise(lambda x, step: guided_noise(net, x, step, label, GUIDANCE),
                               torch.from_numpy(noise).to(device), SAMPLING_STEPS, MOMENTS)
     figure, axes = new_figure(6.5, 1.5)
@@ -427,7 +454,7 @@ def plot_scores(path, scores):
                              label=dict(acgan='ACGAN', real='real digits')[what])
             axes.set_xlabel(title, fontsize=8)
             axes.set_ylabel(label, fontsize=8)
-            axes.tick_params(labelsize=7)
+            axes.tick_params(labelsize=7, which='both')
             axes.grid(True, alpha=0.25)
             if column == 1:
                 axes.set_xscale('log')
@@ -453,9 +480,10 @@ def plot_learning_curves(path, logs):
                     axes.plot(*zip(*points), style, color=colour, linewidth=0.9,
                               label=label + (', held-out' if kind == 'held_out' else ''))
         axes.set_title(title, fontsize=8)
-        axes.set_xlabel('training images seen (thousands)', fontsize=7)
+        axes.set_xlabel('images seen (thousands)', fontsize=7)
         axes.set_yscale('log')
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, which='both')
+        axes.yaxis.set_minor_formatter('')
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=7)
     save_figure(path, figure)
@@ -469,8 +497,8 @@ def plot_pairs(path, net, attribute, scores, device):
     draw_pixels(axes, make_grid(images, 10))
     for row, text in enumerate((f'not {attribute}', attribute)):
         axes.text(-6, 35 + 66 * row, text, ha='right', va='center', fontsize=8)
-    text = ''.join('\na linear classifier reads what was asked for in {accuracy:.1%} of 1,000 drawn faces, and in '
-                   '{real_accuracy:.1%} of the test faces'.format(**record) for record in found)
+    text = ''.join('\na linear classifier reads what was asked for in {accuracy:.1%} of 1,000 drawn faces,\n'
+                   'and the attribute in {real_accuracy:.1%} of the test faces'.format(**record) for record in found)
     axes.set_title('Pairs of the same noise' + text, fontsize=8)
     save_figure(path, figure)
 
@@ -480,9 +508,11 @@ def plot_results(base, scores):
     rows = [record for record in scores if record['kind'] == 'digits']
     columns = (('digits', '{label}'), ('sampling steps', '{sampling_steps}'), ('guidance', '{guidance}'),
                ('accuracy (%)', '{percent:.1f}'), ('Frechet distance', '{frechet:.1f}'),
-               ('nearest training digit: mean', '{nearest:.2f}'), ('lowest percentile', '{nearest_least:.2f}'),
-               ('images/s', '{images_per_second}'))
-    cells = [[form.format(**dict(record, percent=100 * record['accuracy'])) for _, form in columns] for record in rows]
+               ('distance to the nearest training digit: mean', '{nearest:.2f}'),
+               ('lowest percentile of these', '{nearest_least:.2f}'), ('images per second', '{speed}'))
+    cells = [[form.format(**dict(record, percent=100 * record['accuracy'], speed=(
+        f'{record["images_per_second"]:.1f}' if record['images_per_second'] else ''))) for _, form in columns]
+        for record in rows]
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
@@ -490,14 +520,15 @@ def plot_results(base, scores):
             writer.writerow([title for title, _ in columns])
             writer.writerows(cells)
     write_whole(base + '.csv', write)
-    figure, axes = new_figure(6.5, 0.2 * len(rows) + 0.7)
+    figure, axes = new_figure(6.5, 0.2 * (len(rows) + 4) + 0.3)
     axes.axis('off')
-    titles = [title.replace(': ', ':\n').replace(' (', '\n(') for title, _ in columns]
-    table = axes.table(cellText=cells, colLabels=titles, loc='center', cellLoc='center', bbox=[0, 0, 1, 1])
+    table = axes.table(cellText=cells, colLabels=[textwrap.fill(title, 13) for title, _ in columns], loc='center',
+                       cellLoc='center', bbox=[0, 0, 1, 1])
     table.auto_set_font_size(False)
     table.set_fontsize(7)
     for (row, _), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
+        cell.set_height((4 if row == 0 else 1) / (len(rows) + 4))      # the titles have four lines
         if row == 0:
             cell.set_text_props(weight='bold')
     axes.set_title('1,000 drawn digits of MNIST-M, 100 of each class, against the test digits', fontsize=8)
@@ -509,22 +540,24 @@ def plot_results(base, scores):
 def parse_args(argv=None):
     parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw images', 'picture to write or, without an ending, folder of '
                         'single images')
-    parser.add_argument('--n', type=int, help=f'draw so many single images of each class ({SINGLE})')
+    parser.add_argument('--n', type=int, help=f'images of each class ({COLUMNS} in a picture, {SINGLE} in a folder)')
     parser.add_argument('--method', choices=METHODS, help=f'--train: what is trained ({DEFAULTS["method"]})')
     parser.add_argument('--data', choices=sorted(CLASSES), help=f'--train: what is drawn ({DEFAULTS["data"]})')
     parser.add_argument('--attribute', help=f'of faces: the second of the two classes has it ({ATTRIBUTE})')
-    parser.add_argument('--sampling_steps', type=int, help=f'of the diffusion ({SAMPLING_STEPS})')
-    parser.add_argument('--guidance', type=float, help=f'weight of the guidance of the diffusion ({GUIDANCE:g})')
+    parser.add_argument('--sampling_steps', type=int, default=SAMPLING_STEPS,
+                        help=f'of the diffusion ({SAMPLING_STEPS})')
+    parser.add_argument('--guidance', type=float, default=GUIDANCE,
+                        help=f'weight of the guidance of the diffusion ({GUIDANCE:g})')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.data == 'faces' and (args.method or DEFAULTS['method']) == 'diffusion':
         parser.error('--data faces is for acgan alone: add --method acgan')
-    if args.data == 'faces':
+    if args.data == 'faces' and not args.resume:
         args.attribute = args.attribute or ATTRIBUTE
-    elif args.attribute and not args.plot:
+    elif args.attribute and args.data != 'faces' and not args.plot and not args.resume:
         parser.error('--attribute is for faces: add --data faces')
-    if args.sampling_steps is not None and not 1 <= args.sampling_steps <= SAMPLING_START:
+    if not 1 <= args.sampling_steps <= SAMPLING_START:
         parser.error(f'--sampling_steps must lie in 1 .. {SAMPLING_START}')
-    if args.guidance is not None and not 0 <= args.guidance <= 100:
+    if not 0 <= args.guidance <= 100:
         parser.error('--guidance must lie in 0 .. 100')
     return args
 

@@ -384,7 +384,7 @@ def samples(args):
         write_log(path, sorted(records + [record], key=lambda one: (one['what'], one['images'])))
 
 
-GUIDANCES = (0, 0.5, 1, 2, 3, 4)       # with the default number of sampling steps
+GUIDANCES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)     # with the default number of sampling steps
 SAMPLINGS = (5, 10, 20, 50, 100)       # sampling steps, with the default guidance
 
 
@@ -415,21 +415,21 @@ def conditional(args):
         **nearest(features[held_out]))]
     rows = [('acgan', '', '')] + [('diffusion', p5_conditional.SAMPLING_STEPS, guidance) for guidance in GUIDANCES] + [
         ('diffusion', count, p5_conditional.GUIDANCE) for count in SAMPLINGS if count != p5_conditional.SAMPLING_STEPS]
+    nets = {what: load_net(p5_conditional.build, p5_conditional.path_of(what, 'digits', None), p5_conditional.PROBLEM,
+                           cpu)[0] for what in p5_conditional.METHODS}
+    records.append(conditional_faces(args.data_dir, cpu))      # first, for it needs the most files
     for what, sampling_steps, guidance in rows:
-        net = load_net(p5_conditional.build, p5_conditional.path_of(what, 'digits', ''), p5_conditional.PROBLEM, cpu)[0]
-        start = time.time()
+        net, start = nets[what], time.time()
         drawn = p5_conditional.draw_images(net, p5_conditional.SCORED, 0, cpu, sampling_steps, guidance)
         speed = drawn.shape[0] * drawn.shape[1] / (time.time() - start)
         asked, drawn = torch.arange(10).repeat(len(drawn)), drawn.flatten(0, 1)
         found = p5_conditional.features_of(judge, drawn, cpu)
         records.append(dict(
             kind='digits', what=what, label=dict(acgan='ACGAN').get(what, what), sampling_steps=sampling_steps,
-            guidance=guidance, images_per_second=f'{speed:.1f}', accuracy=accuracy(judge, drawn, asked, cpu),
+            guidance=guidance, images_per_second=speed, accuracy=accuracy(judge, drawn, asked, cpu),
             frechet=frechet_distance(found, of_test), **nearest(found)))
         print(records[-1], flush=True)
-    records.append(conditional_faces(args.data_dir, cpu))
-    print(records[-1])
-    write_log(p5_conditional.SCORES, records)
+        write_log(p5_conditional.SCORES, records)
 
 
 def conditional_faces(data_dir, cpu):

@@ -13,18 +13,19 @@ from conftest import ROOT, assert_one_line, refusals, run
 from PIL import Image
 
 import p5_conditional
-from models import ClassDiscriminator, ClassGenerator, UNet, load_checkpoint
+from models import ClassDiscriminator, ClassGenerator, UNet, load_checkpoint, write_log
 
 CPU = torch.device('cpu')
 # the real program with small nets that logs and saves often; its judge is another net, which is always there
 QUICK = (f'import sys; sys.path.insert(0, {ROOT!r}); import p5_conditional as program; program.LOG_EVERY = 1; '
-         'program.SAVE_EVERY = 3; program.SCORED = 2; program.LEARNING_RATE_WARM_UP = 2; program.SAMPLING_STEPS = 4; '
+         'program.SAVE_EVERY = 3; program.SCORED = 2; program.LEARNING_RATE_WARM_UP = 2; '
          'program.UNET = dict(channels=[8, 16], told=8); program.LEARNING_RATES["acgan"] = (5e-3, 5e-3); '
          'program.GENERATOR = dict(digits=dict(latent_dim=4, channels=[4, 6], size=28), '
          'faces=dict(latent_dim=4, channels=[4, 6, 8], size=64)); '
          'program.DISCRIMINATOR_CHANNELS = dict(digits=[4, 6], faces=[4, 6, 8]); '
          f'program.JUDGE = {os.path.join(ROOT, "checkpoints", "p3_dann_mnistm.pth")!r}; '
          'import models; models.pick_precision = lambda device: "fp32"; ')
+FIGURES = [f'fig5_{number}.png' for number in range(1, 7)] + ['table5.csv', 'table5.png']
 FLAGS = dict(diffusion=[], acgan=['--method', 'acgan'],
              faces=['--method', 'acgan', '--data', 'faces', '--attribute', 'Smiling'])
 
@@ -109,7 +110,7 @@ def test_what_the_unet_is_told_moves_its_output():
 
 
 def test_new_unet_is_told_nothing_yet():
-    """Its blocks begin as the identity."""
+    """What its blocks add to their skips begins as 0."""
     net, x = UNet([8, 16], 3, 8), torch.randn(2, 3, 28, 28)
     assert torch.equal(*[net(x, torch.tensor([3, 4]), torch.tensor(labels)) for labels in ([0, 1], [2, 3])])
 
@@ -197,6 +198,62 @@ def test_draws_a_picture_and_single_images(data_dir, tmp_path, flags):
     with Image.open(str(tmp_path / 'single' / '1_002.png')) as image:
         top, left = 2 + size + 2, 2 + size + 2
         assert np.array_equal(np.asarray(image), pixels[top:top + size, left:left + size])
+
+
+def test_folder_and_flags_decide_what_is_drawn(copy_of_project, data_dir, tmp_path):
+    """Without --ckpt the net of --method and --data draws; a folder that is there and empty takes single images."""
+    folder = copy_of_project / 'checkpoints'
+    assert train(data_dir, folder / 'p5_methods' / 'acgan_smiling.pth', '--steps', '4', *FLAGS['faces']).returncode == 0
+    (tmp_path / 'tmp.2020').mkdir()
+    program = copy_of_project / 'p5_conditional.py'
+    words = ['python3', program, '--method', 'acgan', '--data', 'faces', '--out', 'tmp.2020']
+    result = run(words + ['--n', '2'], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(str(tmp_path / 'tmp.2020'))) == ['0_001.png', '0_002.png', '1_001.png', '1_002.png']
+    assert_one_line(run(words, cwd=tmp_path), 'tmp.2020 exists and is no empty folder')
+    assert_one_line(run(['python3', program, '--out', 'x.png'], cwd=tmp_path), 'p5_conditional.pth')
+
+
+def test_figures(copy_of_project, data_dir, tmp_path):
+    """--plot from three small nets and made-up scores; another net in the place of the diffusion is told."""
+    folder, scores = copy_of_project / 'checkpoints', []
+    paths = dict(diffusion=folder / 'p5_conditional.pth', acgan=folder / 'p5_methods' / 'acgan.pth',
+                 faces=folder / 'p5_methods' / 'acgan_smiling.pth')
+    for name, path in paths.items():
+        result = train(data_dir, path, '--steps', '6', *FLAGS[name])
+        assert result.returncode == 0, result.stderr
+    for what, steps, guidance in (('real', '', ''), ('acgan', '', ''), ('diffusion', 50, 0.0), ('diffusion', 50, 2.0),
+                                  ('diffusion', 10, 2.0)):
+        scores.append(dict(kind='digits', what=what, label=what, sampling_steps=steps, guidance=guidance, accuracy=0.9,
+                           frechet=30.0, nearest=8.0, nearest_least=4.0, images_per_second=5.0 if steps else ''))
+    scores.append(dict(kind='faces', attribute='Smiling', accuracy=0.7, real_accuracy=0.8))
+    write_log(str(folder / 'p5_scores.jsonl'), scores)
+    plot = ['python3', copy_of_project / 'p5_conditional.py', '--plot', '--out', tmp_path / 'figures']
+    result = run(plot)
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(str(tmp_path / 'figures'))) == FIGURES
+    for name in FIGURES:
+        if name.endswith('.png'):
+            with Image.open(str(tmp_path / 'figures' / name)) as picture:
+                assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
+    table = (tmp_path / 'figures' / 'table5.csv').read_text().splitlines()
+    assert len(table) == 6 and table[3].startswith('diffusion,50,0.0,90.0,30.0,8.00,4.00,5.0')
+    assert_one_line(run(plot + ['--ckpt', paths['acgan']]), 'acgan.pth holds no net for diffusion')
+
+
+def test_judge_is_kept_and_asked_for(copy_of_project, data_dir, tmp_path):
+    words = ['python3', copy_of_project / 'p5_conditional.py', '--train', '--data_dir', data_dir]
+    assert_one_line(run(words), 'target_seed0.pth', 'p3_dann.py --train')
+
+
+def test_attribute_of_a_resumed_run(data_dir, tmp_path):
+    """It is the one of its start, whatever the default; another one that is given is refused."""
+    flags = ['--method', 'acgan', '--data', 'faces']
+    assert train(data_dir, tmp_path / 'm.pth', '--steps', '3', '--attribute', 'Male', *flags).returncode == 0
+    result = train(data_dir, tmp_path / 'm.pth', '--resume', *flags)
+    assert result.returncode == 0, result.stderr
+    assert train(data_dir, tmp_path / 'm.pth', '--resume', '--attribute', 'Male').returncode == 0
+    assert_one_line(train(data_dir, tmp_path / 'm.pth', '--resume', '--attribute', 'Smiling'), '--attribute Male')
 
 
 def test_wrong_flags(tmp_path):

@@ -403,6 +403,25 @@ def test_methods_of_the_gan(data_dir, tmp_path, method):
                for _, images in load_checkpoint(str(one), 'p2_gan')['progress'])
 
 
+def test_penalty_counts_with_its_weight(data_dir, tmp_path):
+    """Of sixteen steps the last has R1's penalty, sixteen times; without it the discriminator becomes another."""
+    found = []
+    for weight, every in ((0.05, 16), (0.8, 16), (0.05, 17), (0.0, 16)):
+        ckpt = tmp_path / f'{weight}_{every}.pth'
+        command = Trainer('p2_gan').command(data_dir, ckpt, '--steps', '16', every=16)
+        command[2] = command[2].replace('program.main()', 'program.PENALTIES["r1"] = '
+                                        f'dict(weight={weight}, every={every}); program.main()')
+        result = run(command, OMP_NUM_THREADS='1')
+        assert result.returncode == 0, result.stderr
+        state = load_checkpoint(str(ckpt).replace('.pth', '_last.pth'), models.state_of('p2_gan'))
+        found.append(state['discriminator_optimizer']['state'][0]['exp_avg'])
+    small, large, none, zero = found
+    assert torch.equal(none, zero)
+    # the step's first moment is linear in the gradient, and beta 1 is 0
+    assert torch.allclose(large - none, 16 * (small - none), rtol=1e-2, atol=1e-6 * float(large.abs().max()))
+    assert (large - none).abs().max() > 0
+
+
 def test_gan_keeps_its_judge(own_data_dir, copy_of_project, tmp_path):
     """A held-out score of another VAE cannot be compared with the scores before."""
     trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
