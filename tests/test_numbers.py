@@ -85,9 +85,10 @@ def headline():
 def results():
     """The results part of README.md, written from the logs alone."""
     lines = ['Problems 1 and 2 are not measured yet on the new data kit.', '', ABOUT_DIGITS, '',
-             'The grader\'s scripts use the nets of seed 0. The settings were chosen without test images or labels of the '
-             'target, and each run measured the test images once. Those of USPS had been measured by earlier versions of '
-             'this repository. All rows, the ablation and the speed are in [report/results.md](report/results.md).']
+             'The grader\'s scripts use the nets of seed 0. The settings were chosen without test images or labels of '
+             'the target, and each run measured the test images once. Those of USPS had been measured by earlier '
+             'versions of this repository. All rows, the ablation and the speed are in '
+             '[report/results.md](report/results.md).']
     for directions, rows in (('asked', ASKED), ('others', OTHERS)):
         lines += digit_table(directions, rows)
     return '\n'.join(lines) + '\n'
