@@ -540,6 +540,14 @@ def save_figure(path, figure):
                                                        metadata={'Software': None}))
 
 
+def log_axis(axis):
+    """Put plain numbers at 1, 2, 5, 10, ... on an axis whose scale is logarithmic."""
+    from matplotlib.ticker import LogLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter('')
+
+
 def draw_pixels(axes, pixels):
     """Fill axes with a (height, width, 3) uint8 picture; data coordinates are its pixels."""
     from matplotlib.image import AxesImage
@@ -644,7 +652,7 @@ def plot_table(base, title, rows, asked=0, directions=None):
             spread = f'{np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
             lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
                          + [f'{by_seed[seed]:.2f}' if seed in by_seed else '' for seed in SEEDS])
-            cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})')
+            cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})' * bool(values))
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
@@ -656,7 +664,7 @@ def plot_table(base, title, rows, asked=0, directions=None):
     figure, axes = new_figure(6.5, 0.22 * len(rows) + 0.6)
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
-                       cellLoc='center', bbox=[0.22, 0, 0.78, 1],
+                       cellLoc='center', bbox=[0.35, 0, 0.65, 1],
                        colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ') for one in directions])
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)

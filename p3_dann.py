@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, DIRECTIONS, DOMAIN_NAMES, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows,
-                      check_out, content_sum, draw_text, new_figure, new_parser, of_seed_0, parse_shared,
+                      check_out, content_sum, draw_text, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
                       pick_test_images, plot_confusion, plot_domains, plot_features, plot_mistakes, plot_table,
                       read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
                       with_other_accuracy, write_predictions)
@@ -256,6 +256,7 @@ def plot_learning_curves(path, curves):
         one.tick_params(labelsize=7)
         one.grid(True, alpha=0.25)
     axes[0].set_yscale('log')
+    log_axis(axes[0].yaxis)
     axes[0].set_title('Label loss, source (nats)', fontsize=8)
     axes[1].set_title('Accuracy of the discriminator', fontsize=8)
     axes[2].set_title('Entropy, target (nats)', fontsize=8)

@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, DIRECTIONS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out,
-                      content_sum, draw_text, new_figure, new_parser, of_seed_0, parse_shared, pick_test_images,
-                      plot_confusion, plot_features, plot_mistakes, plot_table, random_patches, read_digits,
-                      read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
+                      content_sum, draw_text, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
+                      pick_test_images, plot_confusion, plot_features, plot_mistakes, plot_table, random_patches,
+                      read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
                       with_other_accuracy, write_predictions)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, accuracy, base_of, cosine_rate,
                     digit_runs, domain_accuracy, domain_loss, label_folder, load_net, measure_digits, measure_target,
@@ -359,6 +359,7 @@ def plot_learning_curves(path, curves):
         one.grid(True, alpha=0.25)
         one.set(xlim=(0, steps))
     axes[0].set_yscale('log')
+    log_axis(axes[0].yaxis)
     axes[0].set_title('Label loss, source (nats)', fontsize=8)
     axes[1].set_title('Accuracy of the discriminator', fontsize=8)
     axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)', fontsize=8)

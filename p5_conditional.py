@@ -35,8 +35,9 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_out, content_sum,
-                      draw_pixels, draw_text, make_grid, new_figure, new_parser, parse_shared, random_flip, read_digits,
-                      run_command, save_figure, save_picture, save_single, split_held_out, to_float, write_whole)
+                      draw_pixels, draw_text, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip,
+                      read_digits, run_command, save_figure, save_picture, save_single, split_held_out, to_float,
+                      write_whole)
 from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, UNet, accuracy, base_of,
                     cosine_rate, file_sum, frechet_distance, in_processes, load_net, on_device, pick_device,
                     process_count, read_log, repeatable, run_batches, take_step, to_uint8, update_average)
@@ -454,13 +455,11 @@ def plot_scores(path, scores):
                              label=dict(acgan='ACGAN', real='real digits')[what])
             axes.set_xlabel(title, fontsize=8)
             axes.set_ylabel(label, fontsize=8)
-            axes.tick_params(labelsize=7, which='both')
+            axes.tick_params(labelsize=7)
             axes.grid(True, alpha=0.25)
             if column == 1:
                 axes.set_xscale('log')
-                axes.set_xticks([record[flag] for record in records])
-                axes.xaxis.set_major_formatter('{x:g}')
-                axes.xaxis.set_minor_formatter('')
+                log_axis(axes.xaxis)
     all_axes[0][0].legend(fontsize=7)
     save_figure(path, figure)
 
@@ -482,8 +481,8 @@ def plot_learning_curves(path, logs):
         axes.set_title(title, fontsize=8)
         axes.set_xlabel('images seen (thousands)', fontsize=7)
         axes.set_yscale('log')
-        axes.tick_params(labelsize=7, which='both')
-        axes.yaxis.set_minor_formatter('')
+        log_axis(axes.yaxis)
+        axes.tick_params(labelsize=7)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=7)
     save_figure(path, figure)
