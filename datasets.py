@@ -632,12 +632,14 @@ def with_other_accuracy(records, name):
 def plot_table(base, title, rows, asked=0, directions=None):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
-    rows is a list of (label, records of the results log), of which those without a run are left out; the
+    rows is a list of (label, records of the results log), of which those without a run there are left out; the
     labels of the first, which the assignment asked for, are bold.  directions maps targets to sources; left
     out, they are the assignment's.  All values are in percent.
     """
     directions = sorted((directions or SOURCE_OF).items())
     lines, cells = [], []
+    rows = [(label, [record for record in records if (record['target'], record['source']) in directions])
+            for label, records in rows]
     bold = [label for label, records in rows[:asked] if records]
     rows = [row for row in rows if row[1]]
     if not rows:

@@ -186,10 +186,10 @@ def plot(args):
     ckpt = args.ckpt or CKPT
     vae = load_net(VAE, ckpt, PROBLEM, device)[0]
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
-    log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     of_faces, means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, one.images)
                        for one in (faces, test)]
     attribute, accuracy = pick_attribute(args.attribute, faces, of_faces, test, means)
+    log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
               [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)

@@ -90,7 +90,7 @@ def ablation():
         for target, source in sorted(SOURCE_OF.items()):
             values, before = [values_of(records, target, source, key, seed=0)
                               for key in ('accuracy', 'unadapted_accuracy')]
-            lines[-1].append(f'{values[0]:.1f} ({before[0]:.1f})' if values else NOT_YET)
+            lines[-1].append(f'{values[0]:.1f} ({before[0]:.1f})' if values else '–')
     return lines
 
 
@@ -102,6 +102,8 @@ def digit_values():
                  scenarios=[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(SOURCE_OF.items())],
                  others=[scenario_name(*scenario).replace(' to ', ' → ')
                          for scenario in sorted(DIRECTIONS['others'].items())],
+                 published=' / '.join(f'{value:.1f}' for value in p3_dann.PUBLISHED),
+                 published_improved=' / '.join(f'{value:.1f}' for value in p4_adda.PUBLISHED),
                  means=means(), told_apart=told_apart(), ablation=ablation())
     if measured['3']:
         found['dann'] = dict(
