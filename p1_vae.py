@@ -214,7 +214,7 @@ def pick_attribute(wanted, faces, of_faces, test, of_test):
     from sklearn.metrics import balanced_accuracy_score
     training, held_out = split_held_out(len(faces.names))
     found = []
-    for name in [faces.column(wanted)] if wanted else faces.attributes.columns:
+    for name in [test.column(wanted)] if wanted else test.attributes.columns:
         of_name = faces.attribute(name)
         parts = [(of_faces[rows].numpy(), of_name[rows.numpy()]) for rows in (training, held_out)]
         parts.append((of_test.numpy(), test.attribute(name)))

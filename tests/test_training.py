@@ -186,9 +186,10 @@ def test_each_net_of_the_gan_learns_against_one_that_stays(data_dir, tmp_path, m
     """Against one that learns too, who leads at the end is left to the rounding of the processor."""
     trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
     rates = dict(generator=(5e-3, 0.0), discriminator=(0.0, p2_gan.METHODS[method]['learning_rates'][1]))
-    command = trainer.command(data_dir, ckpt, '--steps', '200', '--method', method, every=200)
     # without a norm the scores of a narrow discriminator with its first weights hardly differ
-    channels = [64, 128, 256, 512] if method == 'r1' and learner == 'generator' else [4, 6, 8, 10]
+    wide = method == 'r1' and learner == 'generator'
+    steps, channels = ('80', [64, 128, 256, 512]) if wide else ('200', [4, 6, 8, 10])
+    command = trainer.command(data_dir, ckpt, '--steps', steps, '--method', method, every=200)
     command[2] = command[2].replace('program.main()', f'program.METHODS["{method}"]["learning_rates"] = '
                                     f'{rates[learner]}; program.DISCRIMINATOR_CHANNELS = {channels}; program.main()')
     result = run(command, OMP_NUM_THREADS='1')
@@ -406,7 +407,7 @@ def test_methods_of_the_gan(data_dir, tmp_path, method):
 def test_penalty_counts_with_its_weight(data_dir, tmp_path):
     """Of sixteen steps the last has R1's penalty, sixteen times; without it the discriminator becomes another."""
     found = []
-    for weight, every in ((0.05, 16), (0.8, 16), (0.05, 17), (0.0, 16)):
+    for weight, every in ((0.05, 16), (0.8, 16), (0.05, 17)):
         ckpt = tmp_path / f'{weight}_{every}.pth'
         command = Trainer('p2_gan').command(data_dir, ckpt, '--steps', '16', every=16)
         command[2] = command[2].replace('program.main()', 'program.PENALTIES["r1"] = '
@@ -414,9 +415,9 @@ def test_penalty_counts_with_its_weight(data_dir, tmp_path):
         result = run(command, OMP_NUM_THREADS='1')
         assert result.returncode == 0, result.stderr
         state = load_checkpoint(str(ckpt).replace('.pth', '_last.pth'), models.state_of('p2_gan'))
-        found.append(state['discriminator_optimizer']['state'][0]['exp_avg'])
-    small, large, none, zero = found
-    assert torch.equal(none, zero)
+        optimizer = state['discriminator_optimizer']
+        found.append(optimizer['state'][optimizer['param_groups'][0]['params'][0]]['exp_avg'])
+    small, large, none = found
     # the step's first moment is linear in the gradient, and beta 1 is 0
     assert torch.allclose(large - none, 16 * (small - none), rtol=1e-2, atol=1e-6 * float(large.abs().max()))
     assert (large - none).abs().max() > 0
