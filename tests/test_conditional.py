@@ -1,6 +1,7 @@
 """Problem 5: the diffusion and ACGAN against oracles, and --train and drawing through the command line."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,9 +31,14 @@ FLAGS = dict(diffusion=[], acgan=['--method', 'acgan'],
              faces=['--method', 'acgan', '--data', 'faces', '--attribute', 'Smiling'])
 
 
-@pytest.fixture(params=sorted(FLAGS))
-def flags(request):
-    return FLAGS[request.param]
+@pytest.fixture(scope='module')
+def trained(data_dir, tmp_path_factory):
+    """A folder with a small net of each kind, diffusion.pth, acgan.pth and faces.pth, and their logs."""
+    folder = tmp_path_factory.mktemp('trained')
+    for name, flags in FLAGS.items():
+        result = train(data_dir, folder / (name + '.pth'), '--steps', '40', *flags)
+        assert result.returncode == 0, result.stderr
+    return folder
 
 
 def command(data_dir, ckpt, *words, **options):
@@ -175,18 +181,18 @@ def test_training_lowers_the_error_of_the_noise(data_dir, tmp_path):
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
 
 
-def test_draws_a_picture_and_single_images(data_dir, tmp_path, flags):
+@pytest.mark.parametrize('name', sorted(FLAGS))
+def test_draws_a_picture_and_single_images(trained, tmp_path, name):
     """The same bytes whatever the threads, the processes and the number of images; another seed, other images."""
-    assert train(data_dir, tmp_path / 'x.pth', '--steps', '40', *flags).returncode == 0
     program = os.path.join(ROOT, 'p5_conditional.py')
 
     def draw(*words, **variables):
-        result = run(['python3', program, '--ckpt', 'x.pth', '--sampling_steps', '3'] + list(words), cwd=tmp_path,
-                     **variables)
+        result = run(['python3', program, '--ckpt', trained / (name + '.pth'), '--sampling_steps', '3'] + list(words),
+                     cwd=tmp_path, **variables)
         assert result.returncode == 0, result.stderr
-    classes, size = (2, 64) if 'faces' in flags else (10, 28)
+    classes, size = (2, 64) if name == 'faces' else (10, 28)
     draw('--out', 'one.png', OMP_NUM_THREADS='1')
-    if not flags:                          # of the diffusion
+    if name == 'diffusion':
         draw('--out', 'two.png', OMP_NUM_THREADS='3')
         draw('--out', 'other.png', '--seed', '7')
         contents = [(tmp_path / name).read_bytes() for name in ('one.png', 'two.png', 'other.png')]
@@ -202,10 +208,16 @@ def test_draws_a_picture_and_single_images(data_dir, tmp_path, flags):
         assert np.array_equal(np.asarray(image), pixels[top:top + size, left:left + size])
 
 
-def test_folder_and_flags_decide_what_is_drawn(copy_of_project, data_dir, tmp_path):
+def put(trained, name, ckpt):
+    """Put the net of a kind, and its log, where a program looks for them."""
+    os.makedirs(os.path.dirname(str(ckpt)), exist_ok=True)
+    for ending in ('.pth', '.jsonl'):
+        shutil.copy(str(trained / (name + ending)), str(ckpt).replace('.pth', ending))
+
+
+def test_folder_and_flags_decide_what_is_drawn(copy_of_project, trained, tmp_path):
     """Without --ckpt the net of --method and --data draws; a folder that is there and empty takes single images."""
-    folder = copy_of_project / 'checkpoints'
-    assert train(data_dir, folder / 'p5_methods' / 'acgan_smiling.pth', '--steps', '4', *FLAGS['faces']).returncode == 0
+    put(trained, 'faces', copy_of_project / 'checkpoints' / 'p5_methods' / 'acgan_smiling.pth')
     (tmp_path / 'tmp.2020').mkdir()
     program = copy_of_project / 'p5_conditional.py'
     words = ['python3', program, '--method', 'acgan', '--data', 'faces', '--out', 'tmp.2020']
@@ -216,14 +228,13 @@ def test_folder_and_flags_decide_what_is_drawn(copy_of_project, data_dir, tmp_pa
     assert_one_line(run(['python3', program, '--out', 'x.png'], cwd=tmp_path), 'p5_conditional.pth')
 
 
-def test_figures(copy_of_project, data_dir, tmp_path):
+def test_figures(copy_of_project, trained, tmp_path):
     """--plot from three small nets and made-up scores; another net in the place of the diffusion is told."""
     folder, scores = copy_of_project / 'checkpoints', []
     paths = dict(diffusion=folder / 'p5_conditional.pth', acgan=folder / 'p5_methods' / 'acgan.pth',
                  faces=folder / 'p5_methods' / 'acgan_smiling.pth')
     for name, path in paths.items():
-        result = train(data_dir, path, '--steps', '6', *FLAGS[name])
-        assert result.returncode == 0, result.stderr
+        put(trained, name, path)
     for what, steps, guidance in (('real', '', ''), ('acgan', '', ''), ('diffusion', 50, 0.0), ('diffusion', 50, 2.0),
                                   ('diffusion', 10, 2.0)):
         scores.append(dict(kind='digits', what=what, label=what, sampling_steps=steps, guidance=guidance, accuracy=0.9,
