@@ -35,18 +35,18 @@ NET = dict(latent_dim=128, channels=[32, 64, 128, 256])     # channels at 32, 16
 
 # training
 DEFAULTS = dict(
-    steps=10000,             # of one batch each
-    batch_size=64,           # images
+    steps=32000,             # of one batch each
+    batch_size=32,           # images
     seed=0,
-    lambda_kl=1e-4,          # weight of the KL in nats against the MSE per pixel in [0, 1]
+    lambda_kl=7.5e-5,        # weight of the KL in nats against the MSE per pixel in [0, 1]
     init='')                 # checkpoint whose weights the run starts from
 LEARNING_RATE = 1e-3         # of Adam, at its peak
 LEARNING_RATE_WARM_UP = 200  # steps
 KL_WARM_UP = 1000            # steps until lambda_KL has its full value
 GRADIENT_NORM = 0.05         # largest norm of all gradients together
 AVERAGE_DECAY = 0.999        # of the average of the weights, per step
-LOG_EVERY = 100              # steps
-SAVE_EVERY = 500             # steps
+LOG_EVERY = 200              # steps
+SAVE_EVERY = 1000            # steps
 
 # figures
 FACES = 32                   # in the graded picture
