@@ -9,6 +9,7 @@ the command lines of all scripts share, and the command that makes the data fold
 import argparse
 import contextlib
 import csv
+import decimal
 import errno
 import functools
 import gzip
@@ -456,6 +457,14 @@ def write_whole(path, write):
                         'choose a place that can be written and has room') from error
 
 
+def write_text(path, text):
+    """Write a text to path, in UTF-8."""
+    def write(temporary):
+        with open(temporary, 'w', encoding='utf8', newline='') as file:
+            file.write(text)
+    write_whole(path, write)
+
+
 def make_grid(images, columns, gap=2):
     """Lay (N, 3, H, W) uint8 images out in rows on white: a (height, width, 3) uint8 array."""
     try:
@@ -519,16 +528,23 @@ COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#0
 MARKERS = 'o^sDvP*'
 
 
-def new_figure(width, height, rows=1, columns=1):
-    """Return a matplotlib figure of width x height inches and its axes, rows x columns of them.
+FIGURE_WIDTH = 6.5           # inches, at which the report prints figures; their letters have 7 to 9 points
+
+
+def new_figure(height, rows=1, columns=1):
+    """Return a matplotlib figure of FIGURE_WIDTH x height inches and its axes, rows x columns of them.
 
     Made without pyplot, which would look for a screen.
     """
     # matplotlib refuses to be imported under the name of a backend that it does not know, a notebook's say
     os.environ['MPLBACKEND'] = 'agg'
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height))
+    matplotlib.rcParams.update({
+        'font.size': 7, 'axes.titlesize': 8, 'figure.titlesize': 9, 'axes.linewidth': 0.6, 'lines.linewidth': 0.9,
+        'lines.markersize': 3, 'grid.alpha': 0.25})
+    figure = Figure(figsize=(FIGURE_WIDTH, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)
 
@@ -559,19 +575,6 @@ def draw_pixels(axes, pixels):
     axes.axis('off')
 
 
-def draw_text(path, title, parts):
-    """Write texts, a print(model) each, side by side in one picture."""
-    lines = max(part.count('\n') + 1 for part in parts)
-    letters = max(len(line) for part in parts for line in part.split('\n'))
-    figure, all_axes = new_figure((0.056 * letters + 0.2) * len(parts), 0.11 * lines + 0.7,
-                                  columns=len(parts))
-    for axes, part in zip(np.atleast_1d(all_axes), parts):
-        axes.axis('off')
-        axes.text(0, 1, part, family='monospace', fontsize=6.5, va='top', transform=axes.transAxes)
-    figure.suptitle(title)
-    save_figure(path, figure)
-
-
 def embed(features):
     """Map (N, dimensions) features to (N, 2) by t-SNE (van der Maaten and Hinton 2008), seed 0."""
     from sklearn.manifold import TSNE
@@ -588,11 +591,9 @@ def draw_points(axes, points, labels, names, markers=None):
         chosen = points[np.asarray(labels) == label]
         axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=markers[label],
                      alpha=alpha, linewidths=0, label=f'{name} ({len(chosen)})')
-    axes.set_xlabel('t-SNE dimension 1 (no unit)', fontsize=7)
-    axes.set_ylabel('t-SNE dimension 2 (no unit)', fontsize=7)
-    axes.tick_params(labelsize=7)
+    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
     # beside the points
-    axes.legend(markerscale=1.2, loc='upper left', bbox_to_anchor=(1, 1), fontsize=7, handletextpad=0.2, frameon=False)
+    axes.legend(markerscale=1.2, loc='upper left', bbox_to_anchor=(1, 1), handletextpad=0.2, frameon=False)
 
 
 # ------------------------------------------------------------- data and figures of problems 3 and 4
@@ -629,6 +630,12 @@ def with_other_accuracy(records, name):
     return [dict(record, accuracy=record[name]) for record in records]
 
 
+def rounded(value, places):
+    """Return a number as text with so many decimals.  Halves go away from 0, as a reader expects, not to even."""
+    step = decimal.Decimal(1).scaleb(-places)
+    return f'{decimal.Decimal(f"{value:.12g}").quantize(step, decimal.ROUND_HALF_UP):,}'     # not 0.1 + 0.2
+
+
 def plot_table(base, title, rows, asked=0, directions=None):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
@@ -650,10 +657,10 @@ def plot_table(base, title, rows, asked=0, directions=None):
             by_seed = {record['seed']: 100 * record['accuracy'] for record in records
                        if (record['source'], record['target']) == (source, target)}
             values = list(by_seed.values())
-            mean = f'{np.mean(values):.2f}' if values else ''
-            spread = f'{np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
+            mean = rounded(np.mean(values), 2) if values else ''
+            spread = rounded(np.std(values, ddof=1), 2) if len(values) > 1 else ''
             lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
-                         + [f'{by_seed[seed]:.2f}' if seed in by_seed else '' for seed in SEEDS])
+                         + [rounded(by_seed[seed], 2) if seed in by_seed else '' for seed in SEEDS])
             cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})' * bool(values))
 
     def write(temporary):
@@ -663,19 +670,18 @@ def plot_table(base, title, rows, asked=0, directions=None):
                             + [f'seed {seed}' for seed in SEEDS])
             writer.writerows(lines)
     write_whole(base + '.csv', write)
-    figure, axes = new_figure(6.5, 0.22 * len(rows) + 0.6)
+    figure, axes = new_figure(0.22 * len(rows) + 0.6)
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
                        cellLoc='center', bbox=[0.35, 0, 0.65, 1],
                        colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ') for one in directions])
     table.auto_set_font_size(False)
-    table.set_fontsize(7.5)
+    table.set_fontsize(7)
     for (row, _), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
         if row == 0 or row <= len(bold):
             cell.set_text_props(weight='bold')
-    axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)',
-                   fontsize=8)
+    axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)')
     save_figure(base + '.png', figure)
 
 
@@ -693,24 +699,24 @@ def pick_test_images(digits):
 
 def plot_domains(path, domains):
     """A row of eight images of each of domains (a dict from titles to DigitImages), the same at every call."""
-    figure, all_axes = new_figure(6.5, 1.15 * len(domains), rows=len(domains))
+    figure, all_axes = new_figure(1.15 * len(domains), rows=len(domains))
     for axes, (title, digits) in zip(all_axes, domains.items()):
         chosen = np.random.RandomState(0).permutation(len(digits.names))[:8]
         draw_pixels(axes, make_grid(digits.images[torch.from_numpy(chosen)], columns=8))
-        axes.set_title(title + ': ' + ', '.join(str(label) for label in digits.labels[chosen].tolist()), fontsize=8)
+        axes.set_title(title + ': ' + ', '.join(str(label) for label in digits.labels[chosen].tolist()))
     save_figure(path, figure)
 
 
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(6.5, 2.9, columns=2)
+    figure, axes = new_figure(2.9, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
                 [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
     for one, name in zip(axes, ('digit', 'domain')):
-        one.set_title(f'by {name}', fontsize=8)
-    figure.suptitle(f'{title}: {len(points) // 2} test images of each domain', fontsize=9)
+        one.set_title(f'by {name}')
+    figure.suptitle(f'{title}: {len(points) // 2} test images of each domain')
     save_figure(path, figure)
 
 
@@ -719,7 +725,7 @@ def plot_confusion(path, found):
 
     found maps the title of a scenario to (DigitImages, probabilities (N, 10)); so it does below.
     """
-    figure, all_axes = new_figure(6.5, 2.7, columns=3)
+    figure, all_axes = new_figure(2.7, columns=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
         counts = np.zeros((10, 10))
         np.add.at(counts, (digits.labels.numpy(), probabilities.argmax(1).numpy()), 1)
@@ -732,18 +738,16 @@ def plot_confusion(path, found):
             for column in range(10):
                 if shares[row, column] > 0.5:
                     axes.text(column, row, f'{shares[row, column]:.0f}', ha='center', va='center',
-                              fontsize=7, color='white' if shares[row, column] > 50 else 'black')
-        axes.set_title(f'{title}: {100 * np.trace(counts) / counts.sum():.2f} %', fontsize=8)
-        axes.set_xlabel('predicted', fontsize=8)
-        axes.set_ylabel('digit (% of its test images)' if axes is all_axes[0] else '', fontsize=8)
-        axes.set(xticks=range(10), yticks=range(10))
-        axes.tick_params(labelsize=7)
+                              color='white' if shares[row, column] > 50 else 'black')
+        axes.set_title(f'{title}: {rounded(100 * np.trace(counts) / counts.sum(), 2)} %')
+        axes.set(xlabel='predicted', ylabel='digit (% of its test images)' if axes is all_axes[0] else '',
+                 xticks=range(10), yticks=range(10))
     save_figure(path, figure)
 
 
 def plot_mistakes(path, found):
     """The 32 wrong predictions with the highest probability of each scenario, most confident first."""
-    figure, all_axes = new_figure(6.5, 3.9, rows=3)
+    figure, all_axes = new_figure(3.9, rows=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
         confidence, classes = probabilities.max(1)
         wrong = torch.nonzero(classes != digits.labels).flatten()
@@ -751,9 +755,9 @@ def plot_mistakes(path, found):
         if len(wrong):
             draw_pixels(axes, make_grid(digits.images[wrong], columns=16, gap=14))
         for index, row in enumerate(wrong.tolist()):
-            axes.text(28 + 42 * (index % 16), 12 + 42 * (index // 16), ha='center', fontsize=7,
+            axes.text(28 + 42 * (index % 16), 12 + 42 * (index // 16), ha='center',
                       s=f'{digits.labels[row]} as {classes[row]}')
-        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (digit as prediction)', fontsize=8)
+        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (digit as prediction)')
     save_figure(path, figure)
 
 
@@ -980,13 +984,6 @@ def read_text(path):
         return None
     with open(path, encoding='utf8', newline='') as file:
         return file.read()
-
-
-def write_text(path, text):
-    def write(temporary):
-        with open(temporary, 'w', encoding='utf8', newline='') as file:
-            file.write(text)
-    write_whole(path, write)
 
 
 def time_left(seconds):

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_points,
-                      draw_text, embed, make_grid, new_figure, new_parser, parse_shared, random_flip,
-                      run_command, save_figure, save_picture, save_single, split_held_out, to_float)
+                      embed, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded, run_command,
+                      save_figure, save_picture, save_single, split_held_out, to_float, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, load_net,
                     on_device, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
                     update_average)
@@ -188,26 +188,30 @@ def plot(args):
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
     of_faces, means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, one.images)
                        for one in (faces, test)]
-    attribute, accuracy = pick_attribute(args.attribute, faces, of_faces, test, means)
+    attributes = read_attributes(args.attribute, faces, of_faces, test, means)
+    attribute, _, accuracy = attributes[0]
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
-    draw_text(os.path.join(args.out, 'fig1_1.png'), 'Problem 1: print(model)',
-              [f'(encoder): {vae.encoder}', f'(decoder): {vae.decoder}'])
+    write_text(os.path.join(args.out, 'fig1_1.txt'), f'{vae}\n')
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
     plot_reconstructions(os.path.join(args.out, 'table1_3.png'), vae, test, means, device)
     save_picture(os.path.join(args.out, 'fig1_4.png'),
                  make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
+    write_text(os.path.join(args.out, 'table1_5.csv'), 'attribute,held-out,test\n' + ''.join(
+        f'{name},{rounded(100 * on_held_out, 1)},{rounded(100 * on_test, 1)}\n'
+        for name, on_held_out, on_test in attributes))
     plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute, accuracy)
     plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
-    print(f'seven figures and tables are in {args.out}')
+    print(f'eight figures and tables are in {args.out}')
 
 
-def pick_attribute(wanted, faces, of_faces, test, of_test):
-    """Return the attribute that colours fig1_5, and how well a linear classifier reads it from latent means.
+def read_attributes(wanted, faces, of_faces, test, of_test):
+    """Say how well a linear classifier reads each attribute from latent means.
 
     faces and test are the FaceImages of training and test, of_faces and of_test (N, latent_dim) their latent means.
-    The attribute is wanted or, if that is None, the one that is read best on held-out training faces.  The second
-    value is the balanced accuracy on the test faces, 0 to 1: the mean of those of the faces with and without it.
+    Returns a list of (attribute, accuracy on held-out training faces, accuracy on test faces), the one that is read
+    best on held-out faces first; if an attribute is wanted, that one alone.  The accuracies are balanced, 0 to 1: the
+    mean of those of the faces with and without the attribute.
     Raises UserError where no attribute has faces with and without it among training, held-out and test faces.
     """
     from sklearn.linear_model import LogisticRegression
@@ -220,25 +224,24 @@ def pick_attribute(wanted, faces, of_faces, test, of_test):
         parts.append((of_test.numpy(), test.attribute(name)))
         if all(0 < has.sum() < len(has) for _, has in parts):
             classifier = LogisticRegression(solver='lbfgs', class_weight='balanced', max_iter=1000).fit(*parts[0])
-            found.append([balanced_accuracy_score(has, classifier.predict(means)) for means, has in parts[1:]] + [name])
+            found.append([name] + [balanced_accuracy_score(has, classifier.predict(means)) for means, has in parts[1:]])
     if len(test.names) < 10 or not found:
         raise UserError(f'the figures need ten test faces, and faces with and without {wanted or "some attribute"} in '
                         'each part of the data: choose another --attribute, or add images')
-    _, accuracy, name = max(found, key=lambda one: one[0])
-    return name, accuracy
+    return sorted(found, key=lambda one: one[1], reverse=True)
 
 
 def plot_learning_curves(path, log):
     """fig1_2: reconstruction and KL over the images seen, training and held-out."""
     settings = log[0]['settings']
-    figure, axes = new_figure(9, 3.8, columns=2)
+    figure, axes = new_figure(2.9, columns=2)
     for kind, colour, label in (('train', COLOURS[4], 'training batch (net in training)'),
                                 ('held_out', COLOURS[5], 'held-out faces (averaged weights)')):
         records = [record for record in log if record['kind'] == kind]
         seen = [record['step'] * settings['batch_size'] / 1000 for record in records]
         for one, scalar in zip(axes, ('reconstruction', 'kl')):
             one.plot(seen, [record[scalar] for record in records], color=colour, label=label,
-                     linewidth=1.8 if kind == 'held_out' else 0.8)
+                     linewidth=1.4 if kind == 'held_out' else 0.7)
     axes[0].set(title='Reconstruction, decoded from a draw of q(z|x)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
@@ -246,7 +249,7 @@ def plot_learning_curves(path, log):
     for one in axes:
         one.yaxis.set_major_formatter('{x:g}')
         one.yaxis.set_minor_formatter('{x:g}')
-        one.grid(True, which='both', alpha=0.25)
+        one.grid(True, which='both')
         one.legend()
     save_figure(path, figure)
 
@@ -256,25 +259,25 @@ def plot_reconstructions(path, vae, test, means, device):
     rows = np.sort(np.random.RandomState(TABLE_SEED).choice(len(test.names), 10, replace=False))
     images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
     errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
-    figure, axes = new_figure(11, 3.1)
+    figure, axes = new_figure(2.1)
     draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
     for index, error in enumerate(errors.tolist()):
-        axes.text(35 + 66 * index, -5, test.names[rows[index]], ha='center', fontsize=8)
-        axes.text(35 + 66 * index, 149, f'{error:.4f}', ha='center', fontsize=9)
-    for y, text in ((35, 'testing image'), (101, 'reconstruction'), (146, 'MSE')):
-        axes.text(-6, y, text, ha='right', va='center', fontsize=9)
+        axes.text(35 + 66 * index, -5, test.names[rows[index]], ha='center')
+        axes.text(35 + 66 * index, 152, rounded(error, 4), ha='center')
+    for y, text in ((35, 'testing image'), (101, 'reconstruction'), (149, 'MSE')):
+        axes.text(-6, y, text, ha='right', va='center')
     axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
-                   'MSE per pixel in [0, 1]', fontsize=10, pad=18)
+                   'MSE per pixel in [0, 1]', pad=14)
     save_figure(path, figure)
 
 
 def plot_latent_space(path, means, has_attribute, attribute, accuracy):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
-    figure, axes = new_figure(7.5, 6.5)
+    figure, axes = new_figure(4.6)
     draw_points(axes, embed(means.numpy()), has_attribute.astype(int),
                 [f'not {attribute}', attribute])
     axes.set_title(f'Latent means of {len(means):,} test faces by t-SNE, coloured by {attribute}\n(a linear classifier '
-                   f'reads it from the latent means with a balanced accuracy of {100 * accuracy:.1f} %)', fontsize=10)
+                   f'reads it from the latent means with a balanced accuracy of {rounded(100 * accuracy, 1)} %)')
     save_figure(path, figure)
 
 
@@ -297,7 +300,7 @@ def plot_directions(path, vae, test, means, attribute, device):
         walks += [start + direction * times for times in np.linspace(-2, 2, 9)]
         titles.append(name)
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
-    figure, axes = new_figure(9, 9.2, rows=2)
+    figure, axes = new_figure(7.2, rows=2)
     for one, first, ticks, title in (
             (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
              'Straight walks between the latent means of two test faces'),
@@ -306,10 +309,10 @@ def plot_directions(path, vae, test, means, attribute, device):
              'the mean of the faces that have the attribute and of those that do not')):
         draw_pixels(one, make_grid(decoded[9 * first:9 * (first + 4)], columns=9))
         for index, tick in enumerate(ticks):
-            one.text(35 + 66 * index, -5, tick, ha='center', fontsize=8)
+            one.text(35 + 66 * index, -5, tick, ha='center')
         for index, name in enumerate(titles[first:first + 4]):
-            one.text(-6, 35 + 66 * index, name, ha='right', va='center', fontsize=9)
-        one.set_title(title, fontsize=11, pad=18)
+            one.text(-6, 35 + 66 * index, name, ha='right', va='center')
+        one.set_title(title, pad=14)
     save_figure(path, figure)
 
 
@@ -319,7 +322,7 @@ def plot_rate_distortion(path, base, linear):
                                 if not path.endswith('_last.jsonl')]
     points = sorted((record['kl'], record['mse'], record['lambda_kl'])
                     for log in logs for record in read_log(log) if record['kind'] == 'test')
-    figure, axes = new_figure(8, 5.2)
+    figure, axes = new_figure(4.2)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=COLOURS[6],
               label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')
@@ -327,9 +330,9 @@ def plot_rate_distortion(path, base, linear):
               color=COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
         axes.annotate(r'$\lambda_{KL}$ = %.0e' % lambda_kl, (kl, mse), xytext=(-4, -16),
-                      textcoords='offset points', fontsize=8, color=COLOURS[0], ha='right',
+                      textcoords='offset points', color=COLOURS[0], ha='right',
                       bbox=dict(facecolor='white', edgecolor='none', pad=1.0))
-    axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=11,
+    axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=9,
               label='best public report (ten test faces, trained on 40,000)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
              ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log',
@@ -339,8 +342,8 @@ def plot_rate_distortion(path, base, linear):
     axes.xaxis.set_major_formatter('{x:.0f}')
     axes.yaxis.set_major_formatter('{x:.3f}')
     axes.yaxis.set_minor_formatter('')
-    axes.grid(True, which='both', alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.grid(True, which='both')
+    axes.legend()
     save_figure(path, figure)
 
 

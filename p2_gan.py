@@ -34,9 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_text,
-                      make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, run_command,
-                      save_figure, save_picture, save_single, split_held_out, to_float)
+from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels,
+                      make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, rounded, run_command,
+                      save_figure, save_picture, save_single, split_held_out, to_float, write_text)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, file_sum, frechet_distance,
                     load_net, on_device, pick_device, read_log, run_batches, take_step, to_uint8, update_average)
 
@@ -321,8 +321,7 @@ def plot(args):
     training = FaceImages(args.data_dir, 'train').images
     images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
     discriminator = Discriminator(**checkpoint['discriminator_config'])
-    draw_text(os.path.join(args.out, 'fig2_1.png'), 'Problem 2: print(model)',
-              [f'(generator): {generator}', f'(discriminator): {discriminator}'])
+    write_text(os.path.join(args.out, 'fig2_1.txt'), f'{generator}\n{discriminator}\n')
     save_picture(os.path.join(args.out, 'fig2_2.png'), make_grid(images, COLUMNS))
     plot_learning_curves(os.path.join(args.out, 'fig2_3.png'), log)
     plot_comparison(os.path.join(args.out, 'fig2_4.png'), ckpt, images, judge, training, scores,
@@ -338,7 +337,7 @@ def plot(args):
 def plot_learning_curves(path, log):
     """fig2_3: losses, outputs of the discriminator and held-out score over the images seen."""
     settings = log[0]['settings']
-    figure, axes = new_figure(13, 3.8, columns=3)
+    figure, axes = new_figure(2.6, columns=3)
     penalty = ', without the penalty' if settings['method'] in PENALTIES else ''
     curves = ((0, 'train', (('discriminator_loss', 'discriminator' + penalty),
                             ('generator_loss', 'generator'))),
@@ -354,10 +353,10 @@ def plot_learning_curves(path, log):
             if name == 'held_out':         # one batch each: a mean over ten takes out the noise
                 points[:, 1] = [points[max(0, end - 10):end, 1].mean()
                                 for end in range(1, len(points) + 1)]
-            axes[index].plot(*points.T, color=colour, label=label, linewidth=0.8)
-        axes[index].grid(True, alpha=0.25)
-        axes[index].legend(fontsize=8)
+            axes[index].plot(*points.T, color=colour, label=label, linewidth=0.7)
         axes[index].set_xlabel('training images seen (thousands)')
+        axes[index].grid(True)
+        axes[index].legend()
     axes[0].set(title=f'Losses ({settings["method"]})', ylabel=f'mean over {LOG_EVERY} steps')
     sigmoid = ', before a sigmoid' if METHODS[settings['method']]['loss'] == 'logistic' else ''
     axes[1].set(title='Output of the discriminator' + sigmoid,
@@ -374,7 +373,8 @@ def score_of(path, scores):
     found = [record for record in scores if record.get('sha256') == file_sum(path)]
     if not found:
         return 'not scored'
-    return 'clear {clear:.3f}, frechet {frechet:.1f}, nearest {nearest:.3f}'.format(**found[0])
+    return 'clear {}, frechet {}, nearest {}'.format(*[rounded(found[0][name], places) for name, places in (
+        ('clear', 3), ('frechet', 1), ('nearest', 3))])
 
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
@@ -383,15 +383,15 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     Near means a small distance between the latent means of problem 1's VAE, over all training faces
     and their mirror images.
     """
-    figure, axes = new_figure(9.6, 9.2, rows=2)
+    figure, axes = new_figure(6.6, rows=2)
     of_vae = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([part[4 * row:4 * row + 4] for row in range(4) for part in (of_vae, images)])
     draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
-        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center', fontsize=8)
+        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center')
     axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
     axes[0].set_title('Sixteen faces of each, drawn from N(0, I), not chosen; scores of 1,000 of each '
-                      'against the test faces', fontsize=10, pad=18)
+                      'against the test faces', pad=14)
     candidates = torch.cat([training, training.flip(3)])
     distances = torch.cdist(latent_means(judge, images[:8], device),
                             latent_means(judge, candidates, device))
@@ -404,14 +404,14 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
         rows.append(candidates[chosen + mirrored * len(training)])
     draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
     for index, text in enumerate(('GAN', 'nearest', 'second', 'third')):
-        axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center', fontsize=9)
+        axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center')
     lines = [f'The nearest of {len(training):,} training faces, by the latent means of the VAE']
     least = {record['what']: record['copied_least'] for record in scores
              if record['what'] == 'real' or record.get('sha256') == file_sum(ckpt)}
     if len(least) == 2:
-        lines.append('Lowest percentile of the distance to the nearest training face: 1,000 drawn faces {:.2f}, '
-                     'held-out faces {:.2f}'.format(*[least[name] for name in sorted(least)]))
-    axes[1].set_title('\n'.join(lines), fontsize=10)
+        lines.append('Lowest percentile of the distance to the nearest training face: 1,000 drawn faces {}, '
+                     'held-out faces {}'.format(*[rounded(least[name], 2) for name in sorted(least)]))
+    axes[1].set_title('\n'.join(lines))
     save_figure(path, figure)
 
 
@@ -419,13 +419,12 @@ def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [
         (checkpoint['step'], last)]
-    figure, axes = new_figure(9, 1.05 * len(progress) + 0.6)
+    figure, axes = new_figure(0.75 * len(progress) + 0.4)
     draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
     for index, (step, _) in enumerate(progress):
         axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"]:,}', ha='right',
-                  va='center', fontsize=9)
-    axes.set_title('The same eight noise vectors after so many training images (averaged weights)',
-                   fontsize=10)
+                  va='center')
+    axes.set_title('The same eight noise vectors after so many training images (averaged weights)')
     save_figure(path, figure)
 
 
@@ -439,11 +438,11 @@ def plot_walks(path, generator, device):
                   for share in np.linspace(0, 1, 9)]
     noise = torch.from_numpy(np.array(walks, np.float32))
     drawn = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
-    figure, axes = new_figure(9, 6.4)
+    figure, axes = new_figure(4.6)
     draw_pixels(axes, make_grid(drawn, 9))
     for index, tick in enumerate(['first'] + [f'{share}/8' for share in range(1, 8)] + ['second']):
-        axes.text(35 + 66 * index, -5, tick, ha='center', fontsize=8)
-    axes.set_title('Walks between two noise vectors, along the great circle', fontsize=10, pad=18)
+        axes.text(35 + 66 * index, -5, tick, ha='center')
+    axes.set_title('Walks between two noise vectors, along the great circle', pad=14)
     save_figure(path, figure)
 
 
@@ -453,17 +452,19 @@ def plot_methods(path, scores, real):
         (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
          else make_grid(real, COLUMNS))[:-2] for record in scores])
     # to the left of the faces white for the columns
-    columns = ((0, 'left', 'faces', '{label}'), (255, 'right', 'images seen', '{images:,}'),
-               (345, 'right', 'own score', '{own:.2f}'), (435, 'right', 'clear', '{clear:.3f}'),
-               (515, 'right', 'frechet', '{frechet:.1f}'), (595, 'right', 'nearest', '{nearest:.3f}'))
-    figure, axes = new_figure(12.5, 0.72 * len(scores) + 0.9)
+    columns = ((0, 'left', 'faces', '{label}'), (300, 'right', 'images seen', '{images:,}'),
+               (385, 'right', 'own score', '{own}'), (450, 'right', 'clear', '{clear}'),
+               (530, 'right', 'frechet', '{frechet}'), (605, 'right', 'nearest', '{nearest}'))
+    scores = [dict(record, **{name: rounded(record[name], places) for name, places in (
+        ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
+    figure, axes = new_figure(0.38 * len(scores) + 0.5)
     draw_pixels(axes, np.concatenate([np.full((len(strips), 610, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
-        axes.text(x, -10, title, ha=side, fontsize=9, weight='bold')
+        axes.text(x, -10, title, ha=side, weight='bold')
         for index, record in enumerate(scores):
             text = form.format(**record) if record['images'] or title != 'images seen' else ''
-            axes.text(x, 35 + 66 * index, text, ha=side, va='center', fontsize=9)
-    axes.set_title('1,000 drawn faces of each against test faces', fontsize=11, pad=22)
+            axes.text(x, 35 + 66 * index, text, ha=side, va='center')
+    axes.set_title('1,000 drawn faces of each against test faces', pad=14)
     save_figure(path, figure)
 
 

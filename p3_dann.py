@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, DIRECTIONS, DOMAIN_NAMES, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows,
-                      check_out, content_sum, draw_text, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
+                      check_out, content_sum, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
                       pick_test_images, plot_confusion, plot_domains, plot_features, plot_mistakes, plot_table,
                       read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
-                      with_other_accuracy, write_predictions)
+                      with_other_accuracy, write_predictions, write_text)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, accuracy,
                     base_of, cosine_rate, digit_runs, domain_accuracy, domain_loss, label_folder, load_net,
                     measure_digits, measure_target, on_device, pick_device, probabilities_of, read_log, rows_of,
@@ -237,8 +237,8 @@ def plot(args):
                           domains)
         curves[title] = read_log(base_of(ckpt) + '.jsonl')
         predicted[title] = digits[1], probabilities_of(net, digits[1].images, device)
-    draw_text(os.path.join(args.out, 'fig3_5.png'), 'Problem 3: print(model)', [
-        f'(net): {net}', f'(discriminator): {DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)}'])
+    write_text(os.path.join(args.out, 'fig3_5.txt'),
+               f'{net}\n{DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)}\n')
     plot_learning_curves(os.path.join(args.out, 'fig3_6.png'), curves)
     plot_confusion(os.path.join(args.out, 'fig3_7.png'), predicted)
     plot_mistakes(os.path.join(args.out, 'fig3_8.png'), predicted)
@@ -247,20 +247,19 @@ def plot(args):
 
 def plot_learning_curves(path, curves):
     """fig3_6: label loss, the discriminator's accuracy and the entropy of target predictions."""
-    figure, axes = new_figure(6.5, 2.4, columns=3)
+    figure, axes = new_figure(2.4, columns=3)
     for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'entropy')):
         for colour, (title, log) in zip(COLOURS, curves.items()):
             points = [(record['step'], record[name]) for record in log if name in record]
-            one.plot(*zip(*points), color=colour, linewidth=0.9, label=title)
-        one.set_xlabel('training step', fontsize=7)
-        one.tick_params(labelsize=7)
-        one.grid(True, alpha=0.25)
+            one.plot(*zip(*points), color=colour, label=title)
+        one.set_xlabel('training step')
+        one.grid(True)
     axes[0].set_yscale('log')
     log_axis(axes[0].yaxis)
-    axes[0].set_title('Label loss, source (nats)', fontsize=8)
-    axes[1].set_title('Accuracy of the discriminator', fontsize=8)
-    axes[2].set_title('Entropy, target (nats)', fontsize=8)
-    axes[2].legend(fontsize=7)
+    axes[0].set_title('Label loss, source (nats)')
+    axes[1].set_title('Accuracy of the discriminator')
+    axes[2].set_title('Entropy, target (nats)')
+    axes[2].legend()
     save_figure(path, figure)
 
 

@@ -39,10 +39,10 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, DIRECTIONS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out,
-                      content_sum, draw_text, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
+                      content_sum, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
                       pick_test_images, plot_confusion, plot_features, plot_mistakes, plot_table, random_patches,
-                      read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
-                      with_other_accuracy, write_predictions)
+                      read_digits, read_scenario, rounded, run_command, save_figure, scenario_name, split_held_out,
+                      to_float, with_other_accuracy, write_predictions, write_text)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, accuracy, base_of, cosine_rate,
                     digit_runs, domain_accuracy, domain_loss, label_folder, load_net, measure_digits, measure_target,
                     on_device, pick_device, probabilities_of, read_log, rows_of, run_batches, run_path, take_step,
@@ -332,9 +332,8 @@ def plot(args):
         plot_features(os.path.join(args.out, f'fig4_2_{target}.png'), f'improved ADDA, {title}', features, labels,
                       domains)
         curves[title] = read_log(base_of(ckpt) + '.jsonl')
-    draw_text(os.path.join(args.out, 'fig4_3.png'), 'Problem 4: print(model)', [
-        f'(net): {net}',
-        f'(discriminator): {DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}'])
+    write_text(os.path.join(args.out, 'fig4_3.txt'),
+               f'{net}\n{DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}\n')
     plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
     plot_ablation(os.path.join(args.out, 'fig4_5.png'), [
         (label, found.get(name_of(dict(pieces=pieces)), [])) for label, pieces, _ in ROWS + CONTROLS], lower, upper)
@@ -346,24 +345,22 @@ def plot(args):
 
 def plot_learning_curves(path, curves):
     """fig4_4: label loss, the discriminator's accuracy and the share of target images whose labels count."""
-    figure, axes = new_figure(6.5, 2.4, columns=3)
+    figure, axes = new_figure(2.4, columns=3)
     for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'confident_share')):
         for colour, (title, log) in zip(COLOURS, curves.items()):
             points = [(record['step'], record[name]) for record in log if name in record]
-            one.plot(*zip(*points), color=colour, linewidth=0.9, label=title)
+            one.plot(*zip(*points), color=colour, label=title)
             steps = log[-1]['step']
         for step in (steps // 10, steps - steps // 5):     # adaptation and self-training begin
             one.axvline(step, color=COLOURS[6], linewidth=0.8, linestyle='--')
-        one.set_xlabel('training step', fontsize=7)
-        one.tick_params(labelsize=7)
-        one.grid(True, alpha=0.25)
-        one.set(xlim=(0, steps))
+        one.grid(True)
+        one.set(xlabel='training step', xlim=(0, steps))
     axes[0].set_yscale('log')
     log_axis(axes[0].yaxis)
-    axes[0].set_title('Label loss, source (nats)', fontsize=8)
-    axes[1].set_title('Accuracy of the discriminator', fontsize=8)
-    axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)', fontsize=8)
-    axes[2].legend(fontsize=7, loc='lower right')
+    axes[0].set_title('Label loss, source (nats)')
+    axes[1].set_title('Accuracy of the discriminator')
+    axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)')
+    axes[2].legend(loc='lower right')
     save_figure(path, figure)
 
 
@@ -373,7 +370,7 @@ def plot_ablation(path, ours, lower, upper):
     ours is a list of (label, records of the results log), lower and upper are the bounds' records.
     """
     labels = [label for label, _ in ours]
-    figure, all_axes = new_figure(6.5, 3.2, columns=3)
+    figure, all_axes = new_figure(3.2, columns=3)
     for axes, (target, source) in zip(all_axes, sorted(SOURCE_OF.items())):
         def values(records, wanted=(target, source, 0)):
             return [100 * record['accuracy'] for record in records
@@ -382,18 +379,16 @@ def plot_ablation(path, ours, lower, upper):
         for row, (_, records) in enumerate(ours):
             for value in values(records):
                 axes.barh(row, value, color=COLOURS[4 if row < len(ROWS) else 8])
-                axes.text(101, row, f'{value:.1f}', ha='right', va='center', fontsize=7)
+                axes.text(101, row, rounded(value, 1), ha='right', va='center')
             if not values(records):
-                axes.text(2, row, 'not trained', va='center', fontsize=7)
+                axes.text(2, row, 'not trained', va='center')
         for colour, name, records in ((COLOURS[1], 'lower bound', lower), (COLOURS[2], 'upper bound', upper)):
             for value in values(records):
-                axes.axvline(value, color=colour, linewidth=1.2, label=f'{name} ({value:.1f})')
+                axes.axvline(value, color=colour, linewidth=1.2, label=f'{name} ({rounded(value, 1)})')
         axes.set(xlim=(0, 102), ylim=(len(labels) + 1.6, -0.6), yticks=range(len(labels)))
         axes.set_yticklabels(labels if axes is all_axes[0] else [])
-        axes.tick_params(labelsize=7)
-        axes.set_title(scenario_name(target), fontsize=8)
-        axes.set_xlabel('test accuracy (%), seed 0', fontsize=7)
-        axes.legend(fontsize=7, loc='lower center', framealpha=1)
+        axes.set(title=scenario_name(target), xlabel='test accuracy (%), seed 0')
+        axes.legend(loc='lower center', framealpha=1)
     save_figure(path, figure)
 
 

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_out, content_sum,
-                      draw_pixels, draw_text, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip,
-                      read_digits, run_command, save_figure, save_picture, save_single, split_held_out, to_float,
-                      write_whole)
+                      draw_pixels, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip,
+                      read_digits, rounded, run_command, save_figure, save_picture, save_single, split_held_out,
+                      to_float, write_text, write_whole)
 from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, UNet, accuracy, base_of,
                     cosine_rate, file_sum, frechet_distance, in_processes, load_net, on_device, pick_device,
                     process_count, read_log, repeatable, run_batches, take_step, to_uint8, update_average)
@@ -400,8 +400,7 @@ def plot(args):
         logs[name] = read_log(base_of(path) + '.jsonl')
         if name == 'acgan':
             discriminator = ClassDiscriminator(**checkpoint['discriminator_config'])
-    draw_text(os.path.join(args.out, 'fig5_1.png'), 'Problem 5: print(model)', [
-        f'(diffusion): {nets["diffusion"]}', f'(generator): {nets["acgan"]}\n(discriminator): {discriminator}'])
+    write_text(os.path.join(args.out, 'fig5_1.txt'), f'{nets["diffusion"]}\n{nets["acgan"]}\n{discriminator}\n')
     plot_digits(os.path.join(args.out, 'fig5_2.png'), nets, device)
     plot_sampling(os.path.join(args.out, 'fig5_3.png'), nets['diffusion'], device)
     plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
@@ -413,11 +412,11 @@ def plot(args):
 
 def plot_digits(path, nets, device):
     """fig5_2: a row for each digit, a column for each noise, by either method."""
-    figure, all_axes = new_figure(6.5, 3.6, columns=2)
+    figure, all_axes = new_figure(3.6, columns=2)
     for axes, (name, title) in zip(all_axes, (('diffusion', 'Diffusion'), ('acgan', 'ACGAN'))):
         images = draw_images(nets[name], COLUMNS, DEFAULTS['seed'], device)
         draw_pixels(axes, make_grid(images.transpose(0, 1).flatten(0, 1), COLUMNS))
-        axes.set_title(title + ': a row for each digit, a column for each noise', fontsize=8)
+        axes.set_title(title + ': a row for each digit, a column for each noise')
     save_figure(path, figure)
 
 
@@ -428,17 +427,17 @@ def plot_sampling(path, net, device):
     with torch.no_grad(), repeatable():
         _, expected = denoise(lambda x, step: guided_noise(net, x, step, label, GUIDANCE),
                               torch.from_numpy(noise).to(device), SAMPLING_STEPS, MOMENTS)
-    figure, axes = new_figure(6.5, 1.5)
+    figure, axes = new_figure(1.5)
     draw_pixels(axes, make_grid(to_uint8(to_unit(torch.cat(expected)).cpu()), len(MOMENTS)))
     for index, moment in enumerate(MOMENTS):
-        axes.text(16 + 30 * index, -3, f'step {moment}', ha='center', fontsize=8)
-    axes.set_title(f'The first 0 as it is expected after some of {SAMPLING_STEPS} steps', fontsize=8, pad=14)
+        axes.text(16 + 30 * index, -3, f'step {moment}', ha='center')
+    axes.set_title(f'The first 0 as it is expected after some of {SAMPLING_STEPS} steps', pad=14)
     save_figure(path, figure)
 
 
 def plot_scores(path, scores):
     """fig5_4: accuracy and distance over the weight of the guidance and over the number of sampling steps."""
-    figure, all_axes = new_figure(6.5, 4.4, rows=2, columns=2)
+    figure, all_axes = new_figure(4.4, rows=2, columns=2)
     drawn = [record for record in scores if record['kind'] == 'digits' and record['what'] == 'diffusion']
     others = {record['what']: record for record in scores if record['kind'] == 'digits'}
     for column, (flag, fixed, value, title) in enumerate((
@@ -449,24 +448,22 @@ def plot_scores(path, scores):
                                                     ('frechet', 'Frechet distance', 1))):
             axes = all_axes[row][column]
             axes.plot([record[flag] for record in records], [scale * record[name] for record in records], 'o-',
-                      color=COLOURS[0], markersize=3, linewidth=1, label='diffusion')
+                      color=COLOURS[0], label='diffusion')
             for what, colour in (('acgan', COLOURS[1]), ('real', COLOURS[6])):
                 axes.axhline(scale * others[what][name], color=colour, linewidth=1, linestyle='--',
                              label=dict(acgan='ACGAN', real='real digits')[what])
-            axes.set_xlabel(title, fontsize=8)
-            axes.set_ylabel(label, fontsize=8)
-            axes.tick_params(labelsize=7)
-            axes.grid(True, alpha=0.25)
+            axes.set(xlabel=title, ylabel=label)
+            axes.grid(True)
             if column == 1:
                 axes.set_xscale('log')
                 log_axis(axes.xaxis)
-    all_axes[0][0].legend(fontsize=7)
+    all_axes[0][0].legend()
     save_figure(path, figure)
 
 
 def plot_learning_curves(path, logs):
     """fig5_5: the losses over the images seen."""
-    figure, all_axes = new_figure(6.5, 2.6, columns=3)
+    figure, all_axes = new_figure(2.6, columns=3)
     for axes, name, title, lines in (
             (all_axes[0], 'diffusion', 'Diffusion', (('noise_loss', 'error of the noise'),)),
             (all_axes[1], 'acgan', 'ACGAN, digits', ACGAN_LINES), (all_axes[2], 'faces', 'ACGAN, faces', ACGAN_LINES)):
@@ -476,15 +473,13 @@ def plot_learning_curves(path, logs):
             for colour, (scalar, label) in zip(COLOURS, lines):
                 points = [(record['step'] * size / 1000, record[scalar]) for record in records if scalar in record]
                 if points:
-                    axes.plot(*zip(*points), style, color=colour, linewidth=0.9,
+                    axes.plot(*zip(*points), style, color=colour,
                               label=label + (', held-out' if kind == 'held_out' else ''))
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel('images seen (thousands)', fontsize=7)
-        axes.set_yscale('log')
+        axes.set_title(title)
+        axes.set(xlabel='images seen (thousands)', yscale='log')
         log_axis(axes.yaxis)
-        axes.tick_params(labelsize=7)
-        axes.grid(True, alpha=0.25)
-        axes.legend(fontsize=7)
+        axes.grid(True)
+        axes.legend()
     save_figure(path, figure)
 
 
@@ -492,13 +487,14 @@ def plot_pairs(path, net, attribute, scores, device):
     """fig5_6: ten pairs of faces of the same noise, without the attribute and with it."""
     images = draw_images(net, 10, DEFAULTS['seed'], device).transpose(0, 1).flatten(0, 1)
     found = [record for record in scores if record['kind'] == 'faces' and record['attribute'] == attribute]
-    figure, axes = new_figure(6.5, 1.8)
+    figure, axes = new_figure(1.8)
     draw_pixels(axes, make_grid(images, 10))
     for row, text in enumerate((f'not {attribute}', attribute)):
-        axes.text(-6, 35 + 66 * row, text, ha='right', va='center', fontsize=8)
-    text = ''.join('\na linear classifier reads what was asked for in {accuracy:.1%} of 1,000 drawn faces,\n'
-                   'and the attribute in {real_accuracy:.1%} of the test faces'.format(**record) for record in found)
-    axes.set_title('Pairs of the same noise' + text, fontsize=8)
+        axes.text(-6, 35 + 66 * row, text, ha='right', va='center')
+    text = ''.join(f'\na linear classifier reads what was asked for in {rounded(100 * record["accuracy"], 1)} % of '
+                   '1,000 drawn faces,\nand the attribute in '
+                   f'{rounded(100 * record["real_accuracy"], 1)} % of the test faces' for record in found)
+    axes.set_title('Pairs of the same noise' + text)
     save_figure(path, figure)
 
 
@@ -506,11 +502,13 @@ def plot_results(base, scores):
     """table5.png and .csv: every setting that was scored on 1,000 drawn digits, and real digits."""
     rows = [record for record in scores if record['kind'] == 'digits']
     columns = (('digits', '{label}'), ('sampling steps', '{sampling_steps}'), ('guidance', '{guidance}'),
-               ('accuracy (%)', '{percent:.1f}'), ('Frechet distance', '{frechet:.1f}'),
-               ('distance to the nearest training digit: mean', '{nearest:.2f}'),
-               ('lowest percentile of these', '{nearest_least:.2f}'), ('images per second', '{speed}'))
-    cells = [[form.format(**dict(record, percent=100 * record['accuracy'], speed=(
-        f'{record["images_per_second"]:.1f}' if record['images_per_second'] else ''))) for _, form in columns]
+               ('accuracy (%)', '{accuracy}'), ('Frechet distance', '{frechet}'),
+               ('distance to the nearest training digit: mean', '{nearest}'),
+               ('lowest percentile of these', '{nearest_least}'), ('images per second', '{speed}'))
+    cells = [[form.format(**dict(
+        record, accuracy=rounded(100 * record['accuracy'], 1), frechet=rounded(record['frechet'], 1),
+        nearest=rounded(record['nearest'], 2), nearest_least=rounded(record['nearest_least'], 2),
+        speed=rounded(record['images_per_second'], 1) if record['images_per_second'] else '')) for _, form in columns]
         for record in rows]
 
     def write(temporary):
@@ -519,7 +517,7 @@ def plot_results(base, scores):
             writer.writerow([title for title, _ in columns])
             writer.writerows(cells)
     write_whole(base + '.csv', write)
-    figure, axes = new_figure(6.5, 0.2 * (len(rows) + 4) + 0.3)
+    figure, axes = new_figure(0.2 * (len(rows) + 4) + 0.3)
     axes.axis('off')
     table = axes.table(cellText=cells, colLabels=[textwrap.fill(title, 13) for title, _ in columns], loc='center',
                        cellLoc='center', bbox=[0, 0, 1, 1])
@@ -530,7 +528,7 @@ def plot_results(base, scores):
         cell.set_height((4 if row == 0 else 1) / (len(rows) + 4))      # the titles have four lines
         if row == 0:
             cell.set_text_props(weight='bold')
-    axes.set_title('1,000 drawn digits of MNIST-M, 100 of each class, against the test digits', fontsize=8)
+    axes.set_title('1,000 drawn digits of MNIST-M, 100 of each class, against the test digits')
     save_figure(base + '.png', figure)
 
 

@@ -9,6 +9,8 @@ settings in the four scripts, and report.typ names them.  A problem without a lo
 section yet.
 """
 import argparse
+import csv
+import difflib
 import json
 import os
 import sys
@@ -18,9 +20,11 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+import p1_vae                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
-from datasets import DIRECTIONS, SOURCE_OF, UserError, run_command, scenario_name, write_whole      # noqa: E402
+from datasets import (DIRECTIONS, SEEDS, SOURCE_OF, UserError, read_text, rounded, run_command,      # noqa: E402
+                      scenario_name, write_whole)
 from models import base_of, read_log, results_path, rows_of                         # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
@@ -32,8 +36,11 @@ def training(log):
     run = next(record for record in log if record['kind'] == 'run')
     last = [record for record in log if record['kind'] == 'train'][-1]
     images = last['step'] * run['settings']['batch_size']
-    return dict(minutes=f'{images / last["images_per_second"] / 60:.0f}', steps=f'{last["step"]:,}',
-                batch=f'{run["settings"]["batch_size"]}', parameters=f'{run["parameters"] / 1e6:.2f}')
+    return dict(minutes=rounded(images / last['images_per_second'] / 60, 0), steps=rounded(last['step'], 0),
+                epochs=rounded(images / run['training_images'], 0) if 'training_images' in run else '',
+                batch=rounded(run['settings']['batch_size'], 0), parameters=rounded(run['parameters'] / 1e6, 2),
+                threads={1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores'),
+                **{name: rounded(run[name], 0) for name in ('training_images', 'held_out') if name in run})
 
 
 def numbers(module, *names):
@@ -64,7 +71,7 @@ def means():
                 for key, end in (('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before')):
                     records = [record for record in rows.get(name, []) if key in record]
                     values = values_of(records, target, source, key)
-                    found[f'{begin}_{name}{end}'] = f'{np.mean(values):.1f}' if values else NOT_YET
+                    found[f'{begin}_{name}{end}'] = rounded(np.mean(values), 1) if values else NOT_YET
     return found
 
 
@@ -77,7 +84,7 @@ def told_apart():
             path = base_of(module.shipped(target, **flags)) + '.jsonl'
             shares = [record['domain_accuracy'] for record in read_log(path) if 'domain_accuracy' in record
                       ] if os.path.exists(path) else []
-            found[f'{target}_{name}'] = f'{100 * shares[-1]:.0f}' if shares else NOT_YET
+            found[f'{target}_{name}'] = rounded(100 * shares[-1], 0) if shares else NOT_YET
     return found
 
 
@@ -90,7 +97,7 @@ def ablation():
         for target, source in sorted(SOURCE_OF.items()):
             values, before = [values_of(records, target, source, key, seed=0)
                               for key in ('accuracy', 'unadapted_accuracy')]
-            lines[-1].append(f'{values[0]:.1f} ({before[0]:.1f})' if values else '–')
+            lines[-1].append(f'{rounded(values[0], 1)} ({rounded(before[0], 1)})' if values else '–')
     return lines
 
 
@@ -98,12 +105,12 @@ def digit_values():
     constants = p3_dann.constants()
     measured = {number: all(values_of(table_of(problem).get(row, []), *scenario) for scenario in SOURCE_OF.items())
                 for number, problem, row in (('3', 'p3_dann', 'dann_entropy'), ('4', 'p4_adda', 'improved'))}
-    found = dict(measured=[number for number in sorted(measured) if measured[number]],
+    found = dict(measured=[number for number in sorted(measured) if measured[number]], seeds=str(len(SEEDS)),
                  scenarios=[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(SOURCE_OF.items())],
                  others=[scenario_name(*scenario).replace(' to ', ' → ')
                          for scenario in sorted(DIRECTIONS['others'].items())],
-                 published=' / '.join(f'{value:.1f}' for value in p3_dann.PUBLISHED),
-                 published_improved=' / '.join(f'{value:.1f}' for value in p4_adda.PUBLISHED),
+                 published=' / '.join(rounded(value, 1) for value in p3_dann.PUBLISHED),
+                 published_improved=' / '.join(rounded(value, 1) for value in p4_adda.PUBLISHED),
                  means=means(), told_apart=told_apart(), ablation=ablation())
     if measured['3']:
         found['dann'] = dict(
@@ -115,13 +122,50 @@ def digit_values():
     if measured['4']:
         found['adda'] = dict(
             training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
+            changed_lines='\n'.join(changed_lines()),
             **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY'))
     return found
 
 
+def changed_lines():
+    """Of the print(model) of problem 4 the lines that differ from problem 3's, marked + and -."""
+    texts = [read_text(os.path.join(ROOT, 'figures', name)) or '' for name in ('fig3_5.txt', 'fig4_3.txt')]
+    return [line.rstrip() for line in difflib.ndiff(*[text.splitlines() for text in texts]) if line[0] in '+-']
+
+
+def vae_values():
+    log, linear = read_log(base_of(p1_vae.CKPT) + '.jsonl'), read_log(p1_vae.LINEAR_CODE)
+    curve = sorted((record['test_kl'], record['test_mse']) for record in linear)
+    test = log[-1]
+    names = [name for name in sorted(os.listdir(p1_vae.SWEEP)) if name.endswith('.jsonl') and '_last' not in name
+             ] if os.path.isdir(p1_vae.SWEEP) else []
+    rows = sorted([read_log(os.path.join(p1_vae.SWEEP, name))[-1] for name in names] + [test],
+                  key=lambda record: record['lambda_kl'])
+    table = []
+    for row in rows:
+        of_linear = float(np.interp(row['kl'], *zip(*curve)))
+        table.append([f'{row["lambda_kl"]:g}', rounded(row['kl'], 1), rounded(row['mse'], 4), rounded(of_linear, 4),
+                      rounded(row['mse'] / of_linear, 2)])
+    with open(os.path.join(ROOT, 'figures', 'table1_5.csv'), encoding='utf8') as file:
+        attributes = list(csv.DictReader(file))
+    published_kl, published_mse = p1_vae.PUBLISHED
+    return dict(training(log), table=table, kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4),
+                chosen=rounded(test['chosen_step'], 0), test=rounded(test['images'], 0),
+                kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
+                published_kl=rounded(published_kl, 1), published_mse=rounded(published_mse, 4),
+                lambda_kl=f'{p1_vae.DEFAULTS["lambda_kl"]:g}', latent=str(p1_vae.NET['latent_dim']),
+                attribute=attributes[0]['attribute'], attribute_accuracy=attributes[0]['test'],
+                attributes=str(len(attributes)),
+                **numbers(p1_vae, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP', 'GRADIENT_NORM',
+                          'AVERAGE_DECAY'))
+
+
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
-    return dict(digit_values(), faces='40,000')
+    found = digit_values()
+    if os.path.exists(base_of(p1_vae.CKPT) + '.jsonl'):
+        found.update(vae=vae_values(), measured=['1'] + found['measured'])
+    return dict(found, faces='40,000')
 
 
 def build(args):

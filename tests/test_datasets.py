@@ -358,7 +358,7 @@ def test_pipe_among_the_images(own_data_dir):
 
 @pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'TkAgg', ''])
 def test_figures_whatever_the_backend(tmp_path, backend):
-    code = ('import datasets; figure, axes = datasets.new_figure(2, 2); axes.plot([0, 1]); '
+    code = ('import datasets; figure, axes = datasets.new_figure(2); axes.plot([0, 1]); '
             'datasets.save_figure("x.png", figure)')
     result = run(['python3', '-c', f'import sys; sys.path.insert(0, {ROOT!r}); {code}'], cwd=tmp_path,
                  MPLBACKEND=backend)

@@ -30,7 +30,7 @@ def test_no_measured_number_is_typed():
 
 def test_every_figure_that_the_report_shows_is_there():
     for text in sources().values():
-        for name in re.findall(r'#picture\("([^"]+)"', text):
+        for name in re.findall(r'#(?:picture|printed)\("([^"]+)"', text):
             assert os.path.exists(os.path.join(ROOT, 'figures', name)), name
 
 
