@@ -902,11 +902,15 @@ def make_data(args):
         except OSError as error:
             raise UserError(f'{folder} cannot be made ({error.strerror}): name another folder') from error
     images = [min(COUNTS[name][split], args.limit or COUNTS[name][split]) * KILOBYTES[name] for name, split in missing]
-    wanted = sum(ARCHIVES[name] for name in parts) + sum(images) // 1000
-    free = shutil.disk_usage(args.out).free // 10 ** 6
-    print(f'{", ".join(parts) or "nothing"} to make, which takes up to {wanted:,} MB; {free:,} MB are free', flush=True)
-    if free < wanted:
-        warn(f'there may be too little space in {args.out}: {wanted:,} MB may be needed, and {free:,} MB are free')
+    places = [(args.out, sum(images) // 1000), (args.downloads, sum(ARCHIVES[name] for name in parts))]
+    if os.stat(args.out).st_dev == os.stat(args.downloads).st_dev:     # one disk takes both
+        places = [(args.out, places[0][1] + places[1][1])]
+    for folder, wanted in places:
+        free = shutil.disk_usage(folder).free // 10 ** 6
+        print(f'{", ".join(parts) or "nothing"} to make, which takes up to {wanted:,} MB in {folder}; {free:,} MB are '
+              'free', flush=True)
+        if free < wanted:
+            warn(f'there may be too little space in {folder}: {wanted:,} MB may be needed, and {free:,} MB are free')
     for name, split in missing:
         header, rows, pictures, source = MAKERS[name](args, split)
         write_split(part_path(args.out, name, split), header, rows[:args.limit], pictures, source,
@@ -922,7 +926,7 @@ def is_made(folder):
     """Return whether a split is there, and say so.  Raises UserError if only its folder or only its CSV is."""
     table = folder + '.csv'
     if os.path.isdir(folder) and not os.path.exists(table) and os.path.exists(table + '.part'):
-        os.replace(table + '.part', table)             # it was stopped between the two
+        finish_split(folder)               # a run was stopped just before
     if os.path.isdir(folder) != os.path.exists(table):
         there, lacking = (folder, table) if os.path.isdir(folder) else (table, folder)
         raise UserError(f'there is {there}, but no {lacking}: add what is missing, or delete {there} to make both anew')
@@ -932,15 +936,28 @@ def is_made(folder):
     return os.path.isdir(folder)
 
 
+OPERATORS = []             # torch forgets a declared operator when its Library is not kept
+
+
 def torchvision_datasets():
     """Return the module torchvision.datasets.  Raises UserError if it cannot be imported."""
     try:
         import scipy.io                    # for SVHN; it comes with scikit-learn
         import torchvision.datasets
         return scipy.io and torchvision.datasets
-    except (ImportError, RuntimeError) as error:
+    except Exception as error:             # by version of nearly any kind
+        # A torchvision that was built for another torch lacks its operators, two of which its import looks up.  They
+        # are declared here for a second try: only data sets are read, and no operator is ever run.
+        with contextlib.suppress(Exception):           # an old torch has no torch.library
+            if not OPERATORS:
+                OPERATORS.append(torch.library.Library('torchvision', 'DEF'))
+                for name in ('nms', 'qnms'):
+                    OPERATORS[0].define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+                for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+                    del sys.modules[name]              # half-imported
+                return torchvision_datasets()
         raise UserError(f'torchvision or scipy cannot be imported ({brief(error)}): install what requirements.txt '
-                        'names for this Python') from error
+                        'names for this Python, with torch and torchvision from the same index') from error
 
 
 def write_split(folder, header, rows, pictures, source, first):
@@ -971,11 +988,19 @@ def write_split(folder, header, rows, pictures, source, first):
     writer.writerow(['image_name'] + header)
     writer.writerows([name] + row for name, row in zip(names, rows))
     write_text(table + '.part', lines.getvalue())
-    for name in set(os.listdir(part)) - set(names):
-        os.remove(os.path.join(part, name))            # the mark, and images of a run with a larger --limit
+    for name in set(os.listdir(part)) - set(names) - {'source'}:
+        os.remove(os.path.join(part, name))            # images of a run with a larger --limit
     os.replace(part, folder)
-    os.replace(table + '.part', table)
+    finish_split(folder)
     print(f'{folder}: {len(rows):,} images', flush=True)
+
+
+def finish_split(folder):
+    """Do the last steps of a split whose folder has its name already; its CSV gets its own when all else is done."""
+    mark = os.path.join(folder, 'source')
+    if os.path.exists(mark):
+        os.remove(mark)
+    os.replace(folder + '.csv.part', folder + '.csv')
 
 
 def read_text(path):
@@ -990,19 +1015,20 @@ def time_left(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d} left'
 
 
-def archive(args, name, addresses, md5=None, check=None):
+def archive(args, name, addresses, md5=None, check=None, fix=''):
     """Return the path of an archive in args.downloads, fetched from the first of addresses that has it.
 
     check(path), where it is given in place of an MD5, raises an exception if the file is not what it should be.
-    Raises UserError if no address has it, or if its MD5 is another.
+    Raises UserError if no address has it, whose text fix ends, or if its MD5 is another.
     """
     from torchvision.datasets.utils import check_integrity
     path, reasons = os.path.join(args.downloads, name), []
     for address in [] if os.path.exists(path) else addresses:
         # half a file of one address is none of another's
-        part = f'{path}.{zlib.crc32(address.encode()):08x}.part'
+        part, fetched = f'{path}.{zlib.crc32(address.encode()):08x}.part', False
         try:
             download(address, part)
+            fetched = True
             if not check_integrity(part, md5):
                 raise ValueError('it has a wrong MD5')
             if check:
@@ -1017,11 +1043,11 @@ def archive(args, name, addresses, md5=None, check=None):
                 raise UserError(f'cannot write {part} ({error.strerror}): free some space, or name another '
                                 '--downloads') from error
             reasons.append(f'{address}: {brief(error)}')
-            if isinstance(error, ValueError):          # the file is there and no good
+            if fetched:                    # it is whole and no good; of another the rest is asked for next time
                 os.remove(part)
     if not os.path.exists(path):
         raise UserError(f'{name} could not be fetched ({"; ".join(reasons)}): try again, or put the file into '
-                        f'{args.downloads} yourself')
+                        f'{args.downloads} yourself{fix}')
     if not check_integrity(path, md5):
         raise UserError(f'{path} has a wrong MD5: delete it, so that it is fetched anew')
     return path
@@ -1132,13 +1158,23 @@ def make_mnistm(args, split):
     ), ' '.join(sums + [f'{zlib.crc32(photo.tobytes()):08x}' for photo in photos])
 
 
+PHOTO_COUNTS = dict(train=200, val=100, test=200)      # of BSDS500
+
+
 def read_photos(args, split):
     """Return the photographs of BSDS500 for a split as (H, W, 3) uint8 arrays, sorted by name."""
-    path = args.photos or archive(args, 'BSR_bsds500.tgz', PHOTOS, check=photos_of)
-    with reading(path):
+    path = args.photos or os.path.join(args.downloads, 'BSDS500-master.zip')       # as a browser saves the mirror's
+    if not args.photos and not os.path.exists(path):
+        path = archive(args, 'BSR_bsds500.tgz', PHOTOS, check=photos_of,
+                       fix=', or name an archive or a folder of the photographs with --photos')
+    with reading(path, *['correct --photos'] * bool(args.photos)):
         found = {name: content for name, content in photos_of(path).items()
                  if (PHOTO.search(name).group(1).lower() == 'test') == (split == 'test')}
         photos = [np.asarray(Image.open(io.BytesIO(found[name])).convert('RGB')) for name in sorted(found)]
+    wanted = sum(count for group, count in PHOTO_COUNTS.items() if (group == 'test') == (split == 'test'))
+    if len(photos) != wanted:
+        warn(f'{path} has {len(photos)} photographs for the {split} images of MNIST-M, and the whole BSDS500 has '
+             f'{wanted}: other images will be made than from the whole')
     return photos
 
 
@@ -1171,6 +1207,10 @@ CELEBA_FIX = ('CelebA cannot be fetched by a program any more: get img_align_cel
               'and say --celeba img_align_celeba.zip')
 
 
+CELEBA_FACES = 202599
+
+
+@functools.lru_cache(maxsize=None)         # read once, so that a warning is said once
 def open_celeba(path):
     """Return the zip file with CelebA's aligned faces, {name of a face: its name there}, and their attributes."""
     if path is None:
@@ -1185,8 +1225,14 @@ def open_celeba(path):
         if os.path.isfile(table):
             with reading(table, CELEBA_FIX):
                 attributes = read_attributes(read_text(table))
-            if len(set(inside) & set(attributes.index)) < 2:
+            lacking = [face for face in attributes.index if face not in inside]
+            count = len(attributes) - len(lacking)
+            if count < 2:
                 raise UserError(f'{path} holds none of the images that {name} names: {CELEBA_FIX}')
+            if lacking or count != CELEBA_FACES:
+                first = f' ({lacking[0]} is the first that it lacks)' if lacking else ''
+                warn(f'{path} holds {count:,} images that {name} names{first}, and the whole CelebA has '
+                     f'{CELEBA_FACES:,}: other faces will be taken than from the whole')
             return packed, inside, attributes
     raise UserError(f'there is no list_attr_celeba.txt beside {path}: {CELEBA_FIX}')
 

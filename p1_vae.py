@@ -262,7 +262,7 @@ def plot_reconstructions(path, vae, test, means, device):
     figure, axes = new_figure(2.1)
     draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
     for index, error in enumerate(errors.tolist()):
-        axes.text(35 + 66 * index, -5, test.names[rows[index]], ha='center')
+        axes.text(35 + 66 * index, -5, os.path.splitext(test.names[rows[index]])[0], ha='center')
         axes.text(35 + 66 * index, 152, rounded(error, 4), ha='center')
     for y, text in ((35, 'testing image'), (101, 'reconstruction'), (149, 'MSE')):
         axes.text(-6, y, text, ha='right', va='center')
@@ -300,7 +300,7 @@ def plot_directions(path, vae, test, means, attribute, device):
         walks += [start + direction * times for times in np.linspace(-2, 2, 9)]
         titles.append(name)
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
-    figure, axes = new_figure(7.2, rows=2)
+    figure, axes = new_figure(6.6, rows=2)
     for one, first, ticks, title in (
             (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
              'Straight walks between the latent means of two test faces'),
@@ -329,16 +329,16 @@ def plot_rate_distortion(path, base, linear):
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
               color=COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
-        axes.annotate(r'$\lambda_{KL}$ = %.0e' % lambda_kl, (kl, mse), xytext=(-4, -16),
+        axes.annotate(r'$\lambda_{KL}$ = ' + f'{lambda_kl:g}', (kl, mse), xytext=(-4, -16),
                       textcoords='offset points', color=COLOURS[0], ha='right',
                       bbox=dict(facecolor='white', edgecolor='none', pad=1.0))
     axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=9,
               label='best public report (ten test faces, trained on 40,000)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
              ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log',
-             xlim=(10, 300), ylim=(0.004, 0.03))
+             xlim=(10, 300), ylim=(0.003, 0.02))
     axes.set_xticks([10, 20, 50, 100, 200])
-    axes.set_yticks([0.005, 0.01, 0.02])
+    axes.set_yticks([0.003, 0.005, 0.01, 0.02])
     axes.xaxis.set_major_formatter('{x:.0f}')
     axes.yaxis.set_major_formatter('{x:.3f}')
     axes.yaxis.set_minor_formatter('')

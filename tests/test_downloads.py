@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import threading
@@ -20,9 +21,9 @@ from PIL import Image
 import datasets
 
 try:
-    import torchvision.datasets as _                                                # noqa: F401
-except (ImportError, RuntimeError):        # it was built for another torch
-    pytest.skip('this torchvision cannot be imported', allow_module_level=True)
+    datasets.torchvision_datasets()
+except datasets.UserError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 COUNTS = dict(train=30, test=12)
 FACES = dict(train=20, test=10)           # of 43
@@ -143,11 +144,12 @@ def make(archives, address, out, *words, **options):
     else:
         mirrors = f't.MNIST.mirrors = ["http://127.0.0.1:9/", {address!r}]'
     photos = options.get('photos', ('missing.tgz', 'mirror.zip'))
-    code = (f'import sys; sys.path.insert(0, {ROOT!r}); import datasets as program; import torchvision.datasets as t; '
-            f'splits = {splits!r}; t.USPS.split_list, t.SVHN.split_list = splits["USPS"], splits["SVHN"]; '
+    code = (f'import sys; sys.path.insert(0, {ROOT!r}); import datasets as program; '
+            f't = program.torchvision_datasets(); splits = {splits!r}; '
+            f't.USPS.split_list, t.SVHN.split_list = splits["USPS"], splits["SVHN"]; '
             f't.MNIST.resources = {resources!r}; {mirrors}; '
             f'program.PHOTOS = {tuple(address + name for name in photos)!r}; '
-            f'program.COUNTS["face"] = {FACES!r}; '
+            f'program.COUNTS["face"], program.CELEBA_FACES = {FACES!r}, 43; '
             f'{options.get("before", "pass")}; sys.argv[0] = "datasets.py"; program.main()')
     return run(['python3', '-c', code, out] + list(words))
 
@@ -167,6 +169,9 @@ def test_every_part_is_as_the_assignment_has_it(archives, tmp_path):
     with serving(folder) as (address, asked):
         result = make(archives, address, out, '--celeba', folder / 'img_align_celeba.zip')
     assert result.returncode == 0, result.stderr
+    warnings = result.stderr.strip().split('\n')
+    assert len(warnings) == 2 and 'BSR_bsds500.tgz has 6 photographs for the train images' in warnings[0]
+    assert 'has 3 photographs for the test images' in warnings[1] and 'whole BSDS500 has 200' in warnings[1]
     assert sorted(os.listdir(str(out))) == ['digits', 'downloads', 'face']
     assert asked.count('mirror.zip') == 1 and 'missing.tgz' in asked      # as the second of two addresses
     for split, count in COUNTS.items():
@@ -247,6 +252,34 @@ def test_killed_split_goes_on_where_it_stopped(archives, tmp_path):
         assert len(datasets.DigitImages(str(out), 'usps', split).names) == 6
 
 
+STOP_AT = '''
+import os
+def stopping(step):
+    return lambda path, *rest: os._exit(9) if os.path.basename(path) == {!r} else step(path, *rest)
+os.remove, os.replace = stopping(os.remove), stopping(os.replace)
+'''
+
+
+def test_kill_before_each_step_of_the_end(archives, tmp_path):
+    """Nothing is drawn or fetched again by the next run, the steps of which take away the images above --limit too."""
+    out, times = tmp_path / 'data', set()
+    folder = out / 'digits' / 'usps'
+    with serving(archives[0]) as (address, asked):
+        for step, limit in (('train.part', 99), ('00006.png', 6), ('train.part', 6), ('source', 6),
+                            ('train.csv.part', 6)):
+            result = make(archives, address, out, '--only', 'usps', '--limit', limit,
+                          before=f'exec({STOP_AT.format(step)!r})')
+            assert result.returncode == 9, result.stderr
+            image, = folder.glob('train*/00003.png')
+            times.add(image.stat().st_mtime_ns)
+        assert make(archives, address, out, '--only', 'usps', '--limit', '6').returncode == 0
+        times.add((folder / 'train' / '00003.png').stat().st_mtime_ns)
+    assert len(times) == 1 and asked == ['usps.bz2', 'usps.t.bz2']
+    assert sorted(os.listdir(str(folder))) == ['test', 'test.csv', 'train', 'train.csv']
+    assert sorted(os.listdir(str(folder / 'train'))) == datasets.DigitImages(str(out), 'usps', 'train').names
+    assert len(os.listdir(str(folder / 'train'))) == 6
+
+
 def test_stopped_split_of_other_archives_begins_anew(archives, tmp_path):
     """Photographs of another archive must not stand beside the first nine images."""
     out, stopped = tmp_path / 'data', f'exec({STOP!r})'
@@ -280,6 +313,21 @@ def test_first_address_that_breaks_off_or_has_another_file(archives, tmp_path):
             result = make(archives, address, out, '--only', 'mnistm', photos=(name, 'mirror.zip'))
         assert result.returncode == 0, result.stderr
         assert name in asked and 'mirror.zip' in asked
+
+
+def test_page_in_place_of_photographs_is_not_kept(archives, tmp_path):
+    """It is no half of an archive: once the servers are back, the next run succeeds."""
+    names = ('BSR_bsds500.tgz', 'mirror.zip')
+    shutil.copytree(str(archives[0]), str(tmp_path / 'server'))
+    with serving(tmp_path / 'server') as (address, _):
+        for name in names:
+            (tmp_path / 'server' / name).write_text('<html>away</html>')
+        result = make(archives, address, tmp_path / 'data', '--only', 'mnistm', photos=names)
+        assert_one_line(result, 'BSR_bsds500.tgz could not be fetched', 'yourself, or', '--photos')
+        for name in names:
+            shutil.copy(str(archives[0] / name), str(tmp_path / 'server'))
+        result = make(archives, address, tmp_path / 'data', '--only', 'mnistm', photos=names)
+    assert result.returncode == 0, result.stderr
 
 
 def test_server_that_is_away(archives, tmp_path):
@@ -334,6 +382,21 @@ def test_copy_of_celeba_with_commas(archives, tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize('names,words', [(44, 'whole CelebA has 44'), (43, '000007.jpg is the first that it lacks')])
+def test_part_of_celeba(archives, tmp_path, names, words):
+    """The fixed seed takes other faces of it than of the whole: this is said once, and they are made."""
+    with zipfile.ZipFile(str(archives[0] / 'img_align_celeba.zip')) as whole, \
+            zipfile.ZipFile(str(tmp_path / 'c.zip'), 'w') as packed:
+        for name in whole.namelist():
+            if names == 44 or name[-10:] not in ('000007.jpg', '000009.jpg'):
+                packed.writestr(name, whole.read(name))
+    shutil.copy(str(archives[0] / 'list_attr_celeba.txt'), str(tmp_path))
+    result = make(archives, 'http://127.0.0.1:9/', tmp_path / 'data', '--only', 'face', '--celeba', tmp_path / 'c.zip',
+                  before=f'program.CELEBA_FACES = {names}')
+    assert_one_line(result, 'warning: ', f'c.zip holds {43 if names == 44 else 41} images', words, code=0)
+    assert len(datasets.FaceImages(str(tmp_path / 'data'), 'test').names) == 10
+
+
 def test_face_of_another_size(archives, tmp_path):
     with zipfile.ZipFile(str(tmp_path / 'c.zip'), 'w') as packed:
         for index in range(1, 44):
@@ -357,6 +420,14 @@ def test_photographs_at_hand(archives, tmp_path):
     assert results[0] == results[1] == results[2]
     result = make(archives, 'http://127.0.0.1:9/', tmp_path / 'four', '--only', 'mnistm', '--photos', 'none')
     assert_one_line(result, 'there is no none')
+    # what a browser saved in the download folder; what is the user's own is not to be deleted
+    with serving(archives[0]) as (address, asked):
+        shutil.copy(str(archives[0] / 'mirror.zip'), str(tmp_path / 'one' / 'downloads' / 'BSDS500-master.zip'))
+        shutil.rmtree(str(tmp_path / 'one' / 'digits'))
+        assert make(archives, address, tmp_path / 'one', '--only', 'mnistm').returncode == 0
+        result = make(archives, address, tmp_path / 'five', '--only', 'mnistm', '--photos', tmp_path / 'one' / 'digits')
+    assert 'mirror.zip' not in asked
+    assert_one_line(result, 'digits cannot be read', ': correct --photos')
 
 
 def test_full_disk(archives, tmp_path):
@@ -367,6 +438,33 @@ def test_full_disk(archives, tmp_path):
     assert_one_line(result, 'cannot write', 'usps.bz2', 'free some space')
 
 
+OTHER_DISK = '''
+import collections, os, shutil
+stat = os.stat
+def other(path, *words, **options):
+    found = list(stat(path, *words, **options))
+    return os.stat_result(found[:2] + [-1] + found[3:] if str(path).endswith('downloads') else found)
+os.stat = other
+shutil.disk_usage = lambda path: collections.namedtuple('Usage', 'free')(0 if path.endswith('downloads') else 10 ** 11)
+'''
+
+
+def test_disk_of_downloads_is_full(archives, tmp_path):
+    result = make(archives, 'http://127.0.0.1:9/', tmp_path / 'data', '--only', 'usps', before=f'exec({OTHER_DISK!r})')
+    assert result.returncode == 1
+    assert f'too little space in {tmp_path / "data" / "downloads"}: 9 MB' in result.stderr.split('\n')[0]
+    assert 'usps.bz2 could not be fetched' in result.stderr.split('\n')[1]
+
+
+def test_torchvision_that_cannot_be_imported(archives, tmp_path):
+    """Whatever it raises: one line."""
+    (tmp_path / 'torchvision').mkdir()
+    (tmp_path / 'torchvision' / '__init__.py').write_text('raise AttributeError("partially initialized module")')
+    result = run(['python3', os.path.join(ROOT, 'datasets.py'), tmp_path / 'data', '--only', 'usps'],
+                 PYTHONPATH=str(tmp_path))
+    assert_one_line(result, 'cannot be imported (partially initialized module)', 'from the same index')
+
+
 def test_output_that_is_a_file(archives, tmp_path):
     (tmp_path / 'data').write_text('')
     assert_one_line(make(archives, 'http://127.0.0.1:9/', tmp_path / 'data', '--only', 'usps'), 'data cannot be made')
@@ -374,7 +472,7 @@ def test_output_that_is_a_file(archives, tmp_path):
 
 def test_real_addresses_are_those_of_torchvision():
     """Names and checksums of the installed version, not those that the other tests put in their place."""
-    import torchvision.datasets as known
+    known = datasets.torchvision_datasets()
     for kind in (known.USPS, known.SVHN):
         for split in ('train', 'test'):
             address, name, md5 = kind.split_list[split]
