@@ -1141,6 +1141,18 @@ def work(index, pipes, function, parts, inputs):
         pipes[index][1].send(error)
 
 
+def own_path(args, defaults, shipped):
+    """Return the checkpoint of a run: --ckpt or, for a run with the default settings, the shipped one.
+
+    Raises UserError if a flag differs from defaults and no --ckpt is given, since the shipped one would be lost.
+    """
+    changed = [name for name, value in sorted(defaults.items()) if getattr(args, name) not in (None, value)]
+    if changed and not args.ckpt:
+        raise UserError(f'only a run with the default settings replaces {shipped}, and --{changed[0]} differs from its '
+                        'default: name another file with --ckpt')
+    return args.ckpt or shipped
+
+
 def run_path(problem, defaults, settings, name):
     """Return the checkpoint of a run: runs of a scenario share a folder, one for each target is shipped.
 

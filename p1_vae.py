@@ -24,7 +24,7 @@ from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out
                       embed, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, load_net,
-                    on_device, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
+                    on_device, own_path, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
                     update_average)
 
 PROBLEM = 'p1_vae'
@@ -54,7 +54,7 @@ COLUMNS = 8
 TABLE_SEED = 10              # picks the ten test images of table 1_3
 SWEEP = os.path.join(CHECKPOINTS, 'p1_lambda')                     # logs of other lambda_KL
 LINEAR_CODE = os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl')    # of tests/benchmark.py
-PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see Sources in README.md
+PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see report/references.yml
 
 
 def constants():
@@ -108,7 +108,7 @@ def measure(vae, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or CKPT)
+    run = Run(args, PROBLEM, DEFAULTS, constants(), own_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')

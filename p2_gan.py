@@ -38,7 +38,8 @@ from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out
                       make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, rounded, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float, write_text)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, file_sum, frechet_distance,
-                    load_net, on_device, pick_device, read_log, run_batches, take_step, to_uint8, update_average)
+                    load_net, on_device, own_path, pick_device, read_log, run_batches, take_step, to_uint8,
+                    update_average)
 
 PROBLEM = 'p2_gan'
 CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
@@ -199,7 +200,7 @@ def to_unit(images):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or CKPT)
+    run = Run(args, PROBLEM, DEFAULTS, constants(), own_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
     method, augmented = settings['method'], settings['augment']
     norm, rates, betas, generator_every = [

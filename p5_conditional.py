@@ -39,7 +39,7 @@ from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new
                       read_digits, rounded, run_command, save_figure, save_picture, save_single, split_held_out,
                       to_float, write_text, write_whole)
 from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, UNet, accuracy, base_of,
-                    cosine_rate, file_sum, frechet_distance, in_processes, load_net, on_device, pick_device,
+                    cosine_rate, file_sum, frechet_distance, in_processes, load_net, on_device, own_path, pick_device,
                     process_count, read_log, repeatable, run_batches, take_step, to_uint8, update_average)
 
 PROBLEM = 'p5_conditional'
@@ -164,7 +164,9 @@ def to_unit(images):
 def train(args):
     """Train on data_dir and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt or path_of(args.method, args.data, args.attribute))
+    defaults = {name: DEFAULTS[name] for name in ('steps', 'batch_size', 'seed')}      # the others have their own paths
+    path = own_path(args, defaults, path_of(args.method, args.data, args.attribute))
+    run = Run(args, PROBLEM, DEFAULTS, constants(), path)
     data = run.settings['data']
     # data
     images, labels, test = read_data(args.data_dir, data, run.settings['attribute'])
