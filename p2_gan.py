@@ -79,6 +79,7 @@ FACES = 32                   # in the graded picture
 COLUMNS = 8
 WALK_SEED = 6                # picks the noise of fig2_6
 SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/benchmark.py
+COUNTS = os.path.join(CHECKPOINTS, 'p2_counts.jsonl')      # of faces that a reader called broken, likewise
 
 
 def constants():

@@ -21,6 +21,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import p1_vae                                                                       # noqa: E402
+import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
 from datasets import (DIRECTIONS, SEEDS, SOURCE_OF, UserError, read_text, rounded, run_command,      # noqa: E402
@@ -36,7 +37,8 @@ def training(log):
     run = next(record for record in log if record['kind'] == 'run')
     last = [record for record in log if record['kind'] == 'train'][-1]
     images = last['step'] * run['settings']['batch_size']
-    return dict(minutes=rounded(images / last['images_per_second'] / 60, 0), steps=rounded(last['step'], 0),
+    return dict(images=rounded(images, 0), minutes=rounded(images / last['images_per_second'] / 60, 0),
+                steps=rounded(last['step'], 0),
                 epochs=rounded(images / run['training_images'], 0) if 'training_images' in run else '',
                 batch=rounded(run['settings']['batch_size'], 0), parameters=rounded(run['parameters'] / 1e6, 2),
                 threads={1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores'),
@@ -160,11 +162,41 @@ def vae_values():
                           'AVERAGE_DECAY'))
 
 
+def gan_values():
+    log = read_log(base_of(p2_gan.CKPT) + '.jsonl')
+    counts = {record['what']: record for record in read_log(p2_gan.COUNTS)} if os.path.exists(p2_gan.COUNTS) else {}
+    rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
+    settings = next(record for record in log if record['kind'] == 'run')['settings']
+    table = [[row['label'], rounded(row['images'], 0) if row['images'] else '', rounded(row['own'], 2),
+              rounded(row['clear'], 3), rounded(row['frechet'], 1), rounded(row['nearest'], 3),
+              str(counts[what]['broken']) if what in counts else ''] for what, row in rows.items()]
+    penalties = dict(wgan_gp='norm 1 between real and drawn', wgan_div='small between real and drawn',
+                     dragan='norm 1 near real images', r1='small at real images')
+    methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
+                '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
+               for name, method in p2_gan.METHODS.items()]
+    shipped = counts.get('p2_gan')
+    counted = (f'A reader who did not know the method called {shipped["broken"]} of the {shipped["faces"]} faces '
+               f'broken, by this rule: {shipped["rule"]}.') if shipped else ''
+    return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
+                method=settings['method'], augment=f'{settings["augment"]:g}',
+                chosen=rounded(log[-1]['chosen_step'], 0),
+                learning_rate=f'{p2_gan.METHODS[settings["method"]]["learning_rates"][0]:g}',
+                r1_weight=f'{p2_gan.PENALTIES["r1"]["weight"]:g}', r1_every=str(p2_gan.PENALTIES['r1']['every']),
+                latent=str(p2_gan.NET['latent_dim']), SAVE_EVERY=rounded(p2_gan.SAVE_EVERY, 0),
+                SCORED=rounded(p2_gan.SCORED, 0), **numbers(p2_gan, 'AVERAGE_DECAY'),
+                **{name: {key: rounded(rows[what][key], places) for key, places in (
+                    ('clear', 3), ('frechet', 1), ('nearest', 3))}
+                   for name, what in (('of_vae', 'p1_vae'), ('shipped', 'p2_gan'), ('real', 'real'))})
+
+
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
     found = digit_values()
     if os.path.exists(base_of(p1_vae.CKPT) + '.jsonl'):
-        found.update(vae=vae_values(), measured=['1'] + found['measured'])
+        found.update(vae=vae_values(), measured=found['measured'] + ['1'])
+    if os.path.exists(base_of(p2_gan.CKPT) + '.jsonl'):
+        found.update(gan=gan_values(), measured=found['measured'] + ['2'])
     return dict(found, faces='40,000')
 
 

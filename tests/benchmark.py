@@ -5,13 +5,17 @@
     python3 tests/benchmark.py scripts --data_dir hw3_data         wall time and memory of hw3_pN.sh
     python3 tests/benchmark.py samples --data_dir hw3_data --scorer face_score.py --python PYTHON
                                                                    quality of 1,000 drawn faces
+    python3 tests/benchmark.py strips p2_gan real --strips FOLDER  pictures for a reader who counts broken faces
+    python3 tests/benchmark.py count A=3 B=0 --strips FOLDER       what the reader counted
     python3 tests/benchmark.py conditional --data_dir hw3_data     digits and faces of problem 5
 """
 import argparse
 import copy
 import json
 import os
+import random
 import re
+import string
 import subprocess
 import sys
 import tempfile
@@ -384,6 +388,51 @@ def samples(args):
         write_log(path, sorted(records + [record], key=lambda one: (one['what'], one['images'])))
 
 
+RULE = ('a face is clearly broken if an eye, the nose or the mouth is missing, doubled or out of its place, or if the '
+        'outline of the head is torn; the reader sees 32 faces of each at double size, under letters, and does not '
+        'know which is which')
+
+
+def strips(args):
+    """Write the 32 faces of each name, at double size and under a letter in random order, into the folder --strips.
+
+    'real' stands for test faces.  Give the pictures to somebody who does not know them, and the counts to `count`.
+    """
+    names = args.names or ['p1_vae', 'p2_gan', 'real']
+    random.shuffle(names)
+    os.makedirs(args.strips)
+    for letter, name in zip(string.ascii_uppercase, names):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'faces.png')
+            if name == 'real':
+                test = FaceImages(args.data_dir, 'test').images
+                rows = np.random.RandomState(0).choice(len(test), 32, replace=False)
+                save_picture(path, make_grid(test[torch.from_numpy(rows)], 8))
+            else:
+                module = {'p1': p1_vae, 'p2': p2_gan}[name[:2]]
+                subprocess.check_call([sys.executable, module.__file__, '--out', path, '--ckpt',
+                                       os.path.join(CHECKPOINTS, name + '.pth')])
+            with Image.open(path) as picture:
+                picture.resize([2 * side for side in picture.size], Image.BICUBIC).save(
+                    os.path.join(args.strips, letter + '.png'))
+    with open(args.strips + '.key', 'w') as file:
+        json.dump(dict(zip(string.ascii_uppercase, names)), file)
+
+
+def count(args):
+    """Log how many of the 32 faces of each letter a reader called broken: count A=3 B=7 --strips FOLDER."""
+    with open(args.strips + '.key') as file:
+        key = json.load(file)
+    found = {key[word.split('=')[0]]: int(word.split('=')[1]) for word in args.names}
+    before = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
+    records = [old for old in before if old['what'] not in found]
+    for name, broken in found.items():
+        path = os.path.join(CHECKPOINTS, name + '.pth')
+        records.append(dict(kind='count', what=name, broken=broken, faces=32, date=time.strftime('%Y-%m-%d'), rule=RULE,
+                            **{} if name == 'real' else {'sha256': file_sum(path)}))
+    write_log(p2_gan.COUNTS, sorted(records, key=lambda record: record['what']))
+
+
 GUIDANCES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)     # with the default number of sampling steps
 SAMPLINGS = (5, 10, 20, 50, 100)       # sampling steps, with the default guidance
 
@@ -451,14 +500,17 @@ def conditional_faces(data_dir, cpu):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples', 'conditional'])
+    parser.add_argument('what', choices=['linear_code', 'training', 'scripts', 'samples', 'strips', 'count',
+                                         'conditional'])
     parser.add_argument('--data_dir', default='hw3_data')
-    parser.add_argument('names', nargs='*', help='training: p1 to p4; samples: checkpoints, as p2_gan, or real')
+    parser.add_argument('names', nargs='*', help='training: p1 to p4; samples, strips: checkpoints, as p2_gan, or '
+                        'real; count: letters and numbers, as A=3')
     parser.add_argument('--scorer', help='samples: the face scorer')
+    parser.add_argument('--strips', default='strips', help='strips, count: new folder of pictures (strips)')
     parser.add_argument('--python', default='python3', help='samples: a Python that has dlib')
     args = parser.parse_args()
     {'linear_code': linear_code, 'training': training, 'scripts': scripts,
-     'samples': samples, 'conditional': conditional}[args.what](args)
+     'samples': samples, 'strips': strips, 'count': count, 'conditional': conditional}[args.what](args)
 
 
 if __name__ == '__main__':
