@@ -584,23 +584,26 @@ def embed(features):
 
 
 def draw_points(axes, points, labels, names, markers=None):
-    """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1."""
+    """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1.
+
+    The axes have no scale, since distances that t-SNE draws between groups mean nothing.
+    """
     size, alpha = (9, 0.75) if markers is None else (22, 1)      # a written marker has thin strokes
     markers = markers or MARKERS
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=markers[label],
-                     alpha=alpha, linewidths=0, label=f'{name} ({len(chosen)})')
-    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)')
-    # beside the points
-    axes.legend(markerscale=1.2, loc='upper left', bbox_to_anchor=(1, 1), handletextpad=0.2, frameon=False)
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=markers[label], alpha=alpha,
+                     linewidths=0, label=name)
+    axes.set(xlabel='t-SNE dimension 1', ylabel='t-SNE dimension 2', xticks=[], yticks=[])
+    if markers is MARKERS:                 # below the points; written digits need no legend
+        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.06), ncol=len(names), handletextpad=0.1, frameon=False)
 
 
 # ------------------------------------------------------------- data and figures of problems 3 and 4
 
 SEEDS = (0, 1, 2)            # of the tables
 PER_DOMAIN = 500             # test images of each domain in a t-SNE figure
-MISTAKES = 32                # wrong predictions of a scenario in a figure
+MISTAKES = 20                # wrong predictions of a scenario in a figure
 
 
 @functools.lru_cache(maxsize=None)
@@ -639,17 +642,15 @@ def rounded(value, places):
 def plot_table(base, title, rows, asked=0, directions=None):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
-    rows is a list of (label, records of the results log), of which those without a run there are left out; the
-    labels of the first, which the assignment asked for, are bold.  directions maps targets to sources; left
+    rows is a list of (label, records of the results log), which may be empty; the labels of the first, which the
+    assignment asked for, are bold.  directions maps targets to sources; left
     out, they are the assignment's.  All values are in percent.
     """
     directions = sorted((directions or SOURCE_OF).items())
     lines, cells = [], []
     rows = [(label, [record for record in records if (record['target'], record['source']) in directions])
             for label, records in rows]
-    bold = [label for label, records in rows[:asked] if records]
-    rows = [row for row in rows if row[1]]
-    if not rows:
+    if not any(records for _, records in rows):
         raise UserError('no finished run has the settings of the table: --train --resume makes them')
     for label, records in rows:
         cells.append([])
@@ -679,7 +680,7 @@ def plot_table(base, title, rows, asked=0, directions=None):
     table.set_fontsize(7)
     for (row, _), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
-        if row == 0 or row <= len(bold):
+        if row <= asked:
             cell.set_text_props(weight='bold')
     axes.set_title(f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)')
     save_figure(base + '.png', figure)
@@ -710,7 +711,7 @@ def plot_domains(path, domains):
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(2.9, columns=2)
+    figure, axes = new_figure(3.5, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
                 [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
@@ -746,18 +747,18 @@ def plot_confusion(path, found):
 
 
 def plot_mistakes(path, found):
-    """The 32 wrong predictions with the highest probability of each scenario, most confident first."""
-    figure, all_axes = new_figure(3.9, rows=3)
+    """The wrong predictions with the highest probability of each scenario, most confident first."""
+    figure, all_axes = new_figure(4.9, rows=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
         confidence, classes = probabilities.max(1)
         wrong = torch.nonzero(classes != digits.labels).flatten()
         wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES]
         if len(wrong):
-            draw_pixels(axes, make_grid(digits.images[wrong], columns=16, gap=14))
+            draw_pixels(axes, make_grid(digits.images[wrong], columns=10, gap=8))
         for index, row in enumerate(wrong.tolist()):
-            axes.text(28 + 42 * (index % 16), 12 + 42 * (index // 16), ha='center',
+            axes.text(22 + 36 * (index % 10), 6 + 36 * (index // 10), ha='center',
                       s=f'{digits.labels[row]} as {classes[row]}')
-        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (digit as prediction)')
+        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (true digit as predicted digit)')
     save_figure(path, figure)
 
 

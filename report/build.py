@@ -24,12 +24,14 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
-from datasets import (DIRECTIONS, SEEDS, SOURCE_OF, UserError, read_text, rounded, run_command,      # noqa: E402
-                      scenario_name, write_whole)
+from datasets import (DIRECTIONS, HELD_OUT, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
+                      run_command, scenario_name, write_whole)
 from models import base_of, read_log, results_path, rows_of                         # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
 NOT_YET = 'not measured yet'
+# images of the data kit for training and test, as its README has them
+SIZES = dict(usps=(7291, 2007), mnistm=(60000, 10000), svhn=(19253, 5001), face=(40000, 2456))
 
 
 def training(log):
@@ -111,14 +113,14 @@ def digit_values():
                  scenarios=[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(SOURCE_OF.items())],
                  others=[scenario_name(*scenario).replace(' to ', ' → ')
                          for scenario in sorted(DIRECTIONS['others'].items())],
-                 published=' / '.join(rounded(value, 1) for value in p3_dann.PUBLISHED),
-                 published_improved=' / '.join(rounded(value, 1) for value in p4_adda.PUBLISHED),
+                 published=[rounded(value, 1) for value in p3_dann.PUBLISHED], held_out_images=str(HELD_OUT),
+                 published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
                  means=means(), told_apart=told_apart(), ablation=ablation())
     if measured['3']:
         found['dann'] = dict(
             training(read_log(base_of(p3_dann.shipped('svhn')) + '.jsonl')),
             channels=', '.join(map(str, constants['NET']['channels'])), dropout=f'{constants["NET"]["dropout"]:g}',
-            hidden=str(constants['DISCRIMINATOR_HIDDEN']),
+            hidden=str(constants['DISCRIMINATOR_HIDDEN']), betas='0.9 and 0.99',
             **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY', 'AVERAGE_DECAY',
                       'STATISTICS'))
     if measured['4']:
@@ -197,7 +199,7 @@ def values():
         found.update(vae=vae_values(), measured=found['measured'] + ['1'])
     if os.path.exists(base_of(p2_gan.CKPT) + '.jsonl'):
         found.update(gan=gan_values(), measured=found['measured'] + ['2'])
-    return dict(found, faces='40,000')
+    return dict(found, sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
 
 
 def build(args):

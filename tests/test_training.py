@@ -745,7 +745,7 @@ FIGURES = dict(
     p3_dann=['fig3_1.png', 'fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png', 'fig3_4_svhn_lower.png',
              'fig3_4_usps.png', 'fig3_4_usps_lower.png', 'fig3_5.txt', 'fig3_6.png', 'fig3_7.png', 'fig3_8.png',
              'table3.csv', 'table3.png'],
-    p4_adda=['fig4_2_mnistm.png', 'fig4_2_svhn.png', 'fig4_2_usps.png', 'fig4_3.txt', 'fig4_4.png', 'fig4_5.png',
+    p4_adda=['fig4_2_mnistm.png', 'fig4_2_svhn.png', 'fig4_2_usps.png', 'fig4_3.txt', 'fig4_4.png',
              'fig4_6.png', 'fig4_6_plain.png', 'fig4_7.png', 'table4.csv', 'table4.png', 'table4_others.csv',
              'table4_others.png'])
 
