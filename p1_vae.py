@@ -193,14 +193,14 @@ def plot(args):
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     write_text(os.path.join(args.out, 'fig1_1.txt'), f'{vae}\n')
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
-    plot_reconstructions(os.path.join(args.out, 'table1_3.png'), vae, test, means, device)
+    plot_reconstructions(os.path.join(args.out, 'table1_3.jpg'), vae, test, means, device)
     save_picture(os.path.join(args.out, 'fig1_4.png'),
                  make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
     write_text(os.path.join(args.out, 'table1_5.csv'), 'attribute,held-out,test\n' + ''.join(
         f'{name},{rounded(100 * on_held_out, 1)},{rounded(100 * on_test, 1)}\n'
         for name, on_held_out, on_test in attributes))
     plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute, accuracy)
-    plot_directions(os.path.join(args.out, 'fig1_6.png'), vae, test, means, attribute, device)
+    plot_directions(os.path.join(args.out, 'fig1_6.jpg'), vae, test, means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
     print(f'eight figures and tables are in {args.out}')
 

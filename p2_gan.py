@@ -326,12 +326,12 @@ def plot(args):
     write_text(os.path.join(args.out, 'fig2_1.txt'), f'{generator}\n{discriminator}\n')
     save_picture(os.path.join(args.out, 'fig2_2.png'), make_grid(images, COLUMNS))
     plot_learning_curves(os.path.join(args.out, 'fig2_3.png'), log)
-    plot_comparison(os.path.join(args.out, 'fig2_4.png'), ckpt, images, judge, training, scores,
+    plot_comparison(os.path.join(args.out, 'fig2_4.jpg'), ckpt, images, judge, training, scores,
                     device)
-    plot_progress(os.path.join(args.out, 'fig2_5.png'), checkpoint,
+    plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
-    plot_walks(os.path.join(args.out, 'fig2_6.png'), generator, device)
-    plot_methods(os.path.join(args.out, 'table2.png'), scores,
+    plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
+    plot_methods(os.path.join(args.out, 'table2.jpg'), scores,
                  training[split_held_out(len(training))[0][:COLUMNS]])
     print(f'seven figures and tables are in {args.out}')
 

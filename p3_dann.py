@@ -222,7 +222,7 @@ def plot(args):
                  with_other_accuracy(found.get('source_not_augmented', []), 'adabn_accuracy')))
     rows.append(('DANN + entropy, on 500 held-out target images', with_other_accuracy(dann, 'held_out_accuracy')))
     plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', rows, asked=3)
-    plot_domains(os.path.join(args.out, 'fig3_1.png'), {
+    plot_domains(os.path.join(args.out, 'fig3_1.jpg'), {
         DOMAIN_NAMES[domain]: read_digits(args.data_dir, domain, 'train') for domain in ('usps', 'mnistm', 'svhn')})
     curves, predicted = {}, {}
     for target, source in sorted(SOURCE_OF.items()):
@@ -244,7 +244,7 @@ def plot(args):
                f'{net}\n{DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)}\n')
     plot_learning_curves(os.path.join(args.out, 'fig3_6.png'), curves)
     plot_confusion(os.path.join(args.out, 'fig3_7.png'), predicted)
-    plot_mistakes(os.path.join(args.out, 'fig3_8.png'), predicted)
+    plot_mistakes(os.path.join(args.out, 'fig3_8.jpg'), predicted)
     print(f'thirteen figures and tables are in {args.out}')
 
 

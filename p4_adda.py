@@ -340,7 +340,7 @@ def plot(args):
     plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
     plot_confusion(os.path.join(args.out, 'fig4_6.png'), of_improved)
     plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), of_plain)
-    plot_mistakes(os.path.join(args.out, 'fig4_7.png'), of_improved)
+    plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), of_improved)
     print(f'eleven figures and tables are in {args.out}')
 
 

@@ -403,11 +403,11 @@ def plot(args):
         if name == 'acgan':
             discriminator = ClassDiscriminator(**checkpoint['discriminator_config'])
     write_text(os.path.join(args.out, 'fig5_1.txt'), f'{nets["diffusion"]}\n{nets["acgan"]}\n{discriminator}\n')
-    plot_digits(os.path.join(args.out, 'fig5_2.png'), nets, device)
-    plot_sampling(os.path.join(args.out, 'fig5_3.png'), nets['diffusion'], device)
+    plot_digits(os.path.join(args.out, 'fig5_2.jpg'), nets, device)
+    plot_sampling(os.path.join(args.out, 'fig5_3.jpg'), nets['diffusion'], device)
     plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
     plot_learning_curves(os.path.join(args.out, 'fig5_5.png'), logs)
-    plot_pairs(os.path.join(args.out, 'fig5_6.png'), nets['faces'], attribute, scores, device)
+    plot_pairs(os.path.join(args.out, 'fig5_6.jpg'), nets['faces'], attribute, scores, device)
     plot_results(os.path.join(args.out, 'table5'), scores)
     print(f'eight figures and tables are in {args.out}')
 
