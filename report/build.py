@@ -24,7 +24,7 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
-from datasets import (DIRECTIONS, HELD_OUT, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
+from datasets import (DIRECTIONS, HELD_OUT, PER_DOMAIN, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
                       run_command, scenario_name, write_whole)
 from models import base_of, read_log, results_path, rows_of                         # noqa: E402
 
@@ -114,6 +114,7 @@ def digit_values():
                  others=[scenario_name(*scenario).replace(' to ', ' → ')
                          for scenario in sorted(DIRECTIONS['others'].items())],
                  published=[rounded(value, 1) for value in p3_dann.PUBLISHED], held_out_images=str(HELD_OUT),
+                 per_domain=str(PER_DOMAIN),
                  published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
                  means=means(), told_apart=told_apart(), ablation=ablation())
     if measured['3']:
@@ -122,12 +123,12 @@ def digit_values():
             channels=', '.join(map(str, constants['NET']['channels'])), dropout=f'{constants["NET"]["dropout"]:g}',
             hidden=str(constants['DISCRIMINATOR_HIDDEN']), betas='0.9 and 0.99',
             **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY', 'AVERAGE_DECAY',
-                      'STATISTICS'))
+                      'STATISTICS', 'LOG_EVERY'))
     if measured['4']:
         found['adda'] = dict(
             training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
             changed_lines='\n'.join(changed_lines()),
-            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY'))
+            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY', 'LOG_EVERY'))
     return found
 
 

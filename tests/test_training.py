@@ -154,7 +154,8 @@ def test_log(trainer, unbroken):
     assert [record['step'] for record in records(unbroken, 'held_out')] == [5, 10, 15, 20, 25, 30]
     for record in records(unbroken, 'held_out'):
         if trainer.name == 'p1_vae':
-            assert record['loss'] == pytest.approx(record['reconstruction'] + 1e-4 * record['kl'])
+            assert record['loss'] == pytest.approx(
+                record['reconstruction'] + p1_vae.DEFAULTS['lambda_kl'] * record['kl'])
     start = records(unbroken, 'run')[0]
     assert start['training_images'] == 36 and start['held_out'] == 4
     assert start['settings']['seed'] == 0
