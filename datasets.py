@@ -669,7 +669,7 @@ def plot_table(base, title, rows, asked=0, directions=None):
             spread = rounded(np.std(values, ddof=1), 2) if len(values) > 1 else ''
             lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
                          + [rounded(by_seed[seed], 2) if seed in by_seed else '' for seed in SEEDS])
-            cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})' * bool(values))
+            cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})' if values else '\u2013')
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
@@ -681,7 +681,7 @@ def plot_table(base, title, rows, asked=0, directions=None):
     figure, axes = new_figure(0.22 * len(rows) + 0.6)
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
-                       cellLoc='center', bbox=[0.35, 0, 0.65, 1],
+                       cellLoc='center', bbox=[0.42, 0, 0.58, 1],
                        colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ') for one in directions])
     table.auto_set_font_size(False)
     table.set_fontsize(7)

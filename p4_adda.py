@@ -341,7 +341,7 @@ def plot(args):
     plot_confusion(os.path.join(args.out, 'fig4_6.png'), of_improved)
     plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), of_plain)
     plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), of_improved)
-    print(f'eleven figures and tables are in {args.out}')
+    print(f'twelve figures and tables are in {args.out}')
 
 
 def source_seen(data_dir, source, target):
