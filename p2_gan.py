@@ -50,7 +50,7 @@ DISCRIMINATOR_CHANNELS = [64, 128, 256, 512]
 
 # training
 DEFAULTS = dict(
-    steps=125000,            # of one batch each
+    steps=16000,             # of one batch each
     batch_size=32,           # images; twice the updates of 64 for the same time
     seed=0,
     method='r1',
