@@ -167,6 +167,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels, norm):
         super(Discriminator, self).__init__()
+        self.norm = norm
         normalise = {'batch': nn.BatchNorm2d, 'layer': lambda count: nn.GroupNorm(1, count)}.get(norm)
         layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in zip(channels, channels[1:]):
@@ -183,7 +184,7 @@ class Discriminator(nn.Module):
                     nn.utils.spectral_norm(layer)
 
     def forward(self, x):
-        return self.layers(x).flatten()
+        return self.layers(x.contiguous() if self.norm == 'layer' else x).flatten()
 
 
 class GradientReversal(torch.autograd.Function):
@@ -256,7 +257,7 @@ class Swish(nn.Module):
     """x sigmoid(x) (Ramachandran et al. 2017, arXiv 1710.05941), which torch 1.4 has under no name."""
 
     def forward(self, x):
-        return x * torch.sigmoid(x)
+        return F.silu(x) if MODERN else x * torch.sigmoid(x)
 
 
 class ToldBlock(nn.Module):
@@ -310,7 +311,7 @@ class UNet(nn.Module):
         frequencies = torch.exp(torch.arange(count, device=x.device).float() * (-math.log(10000) / count))
         waves = steps.float().unsqueeze(1) * frequencies
         told = self.swish(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels))
-        x, skips = self.begin(x), []
+        x, skips = self.begin(x.contiguous()), []      # in the layout of its weights: see fastest_layout
         for block, shrink in zip(self.down, self.shrink):
             x = block(x, told)
             skips.append(x)
@@ -412,8 +413,18 @@ def autocast(device, precision):
     return contextlib.ExitStack()      # does nothing
 
 
+def fastest_layout(net):
+    """Return net in the memory layout in which it trains fastest on a CPU.
+
+    That is channels_last, but not for group norm, whose kernel then takes up to 20 times as long.
+    """
+    if not MODERN or any(isinstance(layer, nn.GroupNorm) for layer in net.modules()):
+        return net
+    return net.to(memory_format=torch.channels_last)
+
+
 def on_device(images, device):
-    """Move a float image batch to device, in the memory layout of the nets that a Run keeps."""
+    """Move a float image batch to device, in the memory layout of most nets that a Run keeps."""
     images = images.to(device)
     return images.contiguous(memory_format=torch.channels_last) if MODERN else images
 
@@ -629,8 +640,7 @@ class Run(object):
         """
         (name, thing), = named.items()
         if isinstance(thing, nn.Module):
-            thing = thing.to(self.device)
-            thing = thing.to(memory_format=torch.channels_last) if MODERN else thing
+            thing = fastest_layout(thing.to(self.device))
         elif torch.is_tensor(thing):
             thing = thing.to(self.device)
         self.kept[name] = thing

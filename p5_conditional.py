@@ -53,7 +53,7 @@ DISCRIMINATOR_CHANNELS = dict(digits=[64, 128], faces=[64, 128, 256, 512])
 
 # training
 DEFAULTS = dict(
-    steps=12000,             # of one batch each
+    steps=10000,             # of one batch each
     batch_size=128,          # images
     seed=0,
     method='diffusion',
