@@ -5,7 +5,7 @@
     python3 report/build.py
 
 No number of a result is typed by hand: values() takes them from the logs in checkpoints/ and from the
-settings in the four scripts, and report.typ names them.  A problem without a log of the new data kit has no
+settings in the scripts, and report.typ names them.  A problem without a log of the new data kit has no
 section yet.
 """
 import argparse
@@ -24,6 +24,7 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
+import p5_conditional                                                               # noqa: E402
 from datasets import (DIRECTIONS, HELD_OUT, PER_DOMAIN, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
                       run_command, scenario_name, write_whole)
 from models import base_of, read_log, results_path, rows_of                         # noqa: E402
@@ -193,6 +194,41 @@ def gan_values():
                    for name, what in (('of_vae', 'p1_vae'), ('shipped', 'p2_gan'), ('real', 'real'))})
 
 
+def conditional_values():
+    paths = dict(diffusion=p5_conditional.path_of('diffusion', 'digits', None),
+                 acgan=p5_conditional.path_of('acgan', 'digits', None), faces=p5_conditional.path_of('acgan', 'faces', None))
+    logs = {name: read_log(base_of(path) + '.jsonl') for name, path in paths.items()}
+    scores = read_log(p5_conditional.SCORES)
+    default = dict(acgan={}, real={}, diffusion=dict(sampling_steps=p5_conditional.SAMPLING_STEPS,
+                                                     guidance=p5_conditional.GUIDANCE))
+    rows = [record for record in scores if record['kind'] == 'digits']
+    texts = dict(accuracy=lambda value: rounded(100 * value, 1), frechet=lambda value: rounded(value, 1),
+                 nearest=lambda value: rounded(value, 2), nearest_least=lambda value: rounded(value, 2),
+                 images_per_second=lambda value: rounded(value, 1) if value else '',
+                 sampling_steps=str, guidance=lambda value: f'{value:g}' if value != '' else '')
+    shown = [{name: form(row[name]) for name, form in texts.items()} for row in rows]
+    table = [[row['label']] + [text[name] for name in ('sampling_steps', 'guidance', 'accuracy', 'frechet', 'nearest',
+                                                       'nearest_least', 'images_per_second')]
+             for row, text in zip(rows, shown)]
+    found = {what: next(text for row, text in zip(rows, shown)
+                        if row['what'] == what and all(row[name] == value for name, value in wanted.items()))
+             for what, wanted in default.items()}
+    # over the weights of the guidance, and over the steps of sampling
+    found.update({f'guidance_{row["guidance"]:g}': text for row, text in zip(rows, shown)
+                  if row['what'] == 'diffusion' and row['sampling_steps'] == p5_conditional.SAMPLING_STEPS})
+    found.update({f'steps_{row["sampling_steps"]}': text for row, text in zip(rows, shown)
+                  if row['what'] == 'diffusion' and row['guidance'] == p5_conditional.GUIDANCE})
+    faces = next(record for record in scores if record['kind'] == 'faces')
+    return dict(
+        table=table, scores=found, faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
+        trained={name: training(log) for name, log in logs.items()}, attribute=faces['attribute'],
+        published=rounded(100 * p5_conditional.PUBLISHED, 1), scored=str(p5_conditional.SCORED),
+        rates=dict(diffusion=f'{p5_conditional.LEARNING_RATES["diffusion"][0]:g}',
+                   acgan='{:g} and {:g}'.format(*p5_conditional.LEARNING_RATES['acgan'])),
+        channels=', '.join(map(str, p5_conditional.UNET['channels'])),
+        **numbers(p5_conditional, 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY', 'LABEL_DROPPED'))
+
+
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
     found = digit_values()
@@ -200,6 +236,8 @@ def values():
         found.update(vae=vae_values(), measured=found['measured'] + ['1'])
     if os.path.exists(base_of(p2_gan.CKPT) + '.jsonl'):
         found.update(gan=gan_values(), measured=found['measured'] + ['2'])
+    if os.path.exists(p5_conditional.SCORES):
+        found.update(conditional=conditional_values(), measured=found['measured'] + ['5'])
     return dict(found, sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
 
 
