@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Problem 1: draw 32 faces with the VAE, on any machine the same.
+# Problem 1: draw 32 faces with the VAE; on any machine nearly the same.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: bash hw3_p1.sh OUT.png (or .jpg, .jpeg)" >&2; exit 2; }
 name=p1_vae.pth here=$(python3 -c 'import os, sys; sys.stdout.buffer.write(os.path.dirname(os.path.realpath(os.fsencode(sys.argv[1]))))' "$0")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Problem 5: draw ten digits of each class by diffusion in one picture, or 100 of each in a folder, on any machine the same.
+# Problem 5: draw ten digits of each class by diffusion in one picture, or 100 of each in a folder; on any machine nearly the same.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: bash hw3_p5.sh OUT.png (or .jpg, .jpeg), or bash hw3_p5.sh FOLDER" >&2; exit 2; }
 name=p5_conditional.pth here=$(python3 -c 'import os, sys; sys.stdout.buffer.write(os.path.dirname(os.path.realpath(os.fsencode(sys.argv[1]))))' "$0")

@@ -447,8 +447,13 @@ def take_step(optimizer, loss, learning_rate):
     optimizer.step()
 
 
-def update_average(average, net, decay):
-    """Move average towards net: average = decay average + (1 - decay) net, buffers too."""
+def update_average(average, net, updates, most):
+    """Move average towards net: average = decay average + (1 - decay) net, buffers too.
+
+    The decay is updates / (updates + 20), where updates counts from 1, but at most most, so that the first weights
+    are soon forgotten.
+    """
+    decay = min(most, updates / (updates + 20))
     with torch.no_grad():
         new = net.state_dict()
         for name, value in average.state_dict().items():
@@ -859,8 +864,9 @@ def load_checkpoint(path, problem):
     elif os.path.dirname(os.path.abspath(path)) == CHECKPOINTS:
         fix = f'delete it and let hw3_{problem[:2]}.sh fetch it again'
     if not os.path.exists(path):
-        raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train, '
-                        f'or let hw3_{problem[:2]}.sh fetch it')
+        fetched = os.path.dirname(os.path.abspath(path)) == CHECKPOINTS
+        raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train'
+                        + (f', or let hw3_{problem[:2]}.sh fetch it' if fetched else ''))
     if not os.path.isfile(path):
         raise UserError(f'{path} is a folder or a device, no checkpoint: name another --ckpt')
     if zipfile.is_zipfile(path) and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):

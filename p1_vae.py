@@ -44,7 +44,7 @@ LEARNING_RATE = 1e-3         # of Adam, at its peak
 LEARNING_RATE_WARM_UP = 200  # steps
 KL_WARM_UP = 1000            # steps until lambda_KL has its full value
 GRADIENT_NORM = 0.05         # largest norm of all gradients together
-AVERAGE_DECAY = 0.999        # of the average of the weights, per step
+AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
 
@@ -143,7 +143,7 @@ def train(args):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
         optimizer.step()
-        update_average(average, vae, min(AVERAGE_DECAY, step / (step + 20)))
+        update_average(average, vae, step, AVERAGE_DECAY)
         # log and save
         run.log(reconstruction=reconstruction.detach(), kl=kl.detach(), learning_rate=learning_rate)
         if run.saves:
@@ -163,7 +163,7 @@ def infer(args):
     """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
     if args.n is None:
         check_out(args.out, PICTURE_ENDINGS)
-    # on the CPU unless asked otherwise: the picture is the same on every machine
+    # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     vae = load_net(VAE, args.ckpt or CKPT, PROBLEM, device)[0]
     images = draw_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)

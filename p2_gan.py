@@ -68,7 +68,7 @@ PENALTIES = dict(
     wgan_gp=dict(weight=10, every=1), wgan_div=dict(weight=2, every=1), dragan=dict(weight=10, every=1),
     r1=dict(weight=0.05, every=16))
 FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
-AVERAGE_DECAY = 0.999        # of the average of the generator, per update
+AVERAGE_DECAY = 0.999        # of the average of the generator, per update: the most (see update_average)
 LOG_EVERY = 500              # steps
 SAVE_EVERY = 1000            # steps
 SCORED = 1000                # drawn faces in a held-out score
@@ -263,7 +263,7 @@ def train(args):
             take_step(generator_optimizer, loss, generator_rate)
             discriminator.requires_grad_(True)
             scalars.update(generator_loss=loss.detach(), generator_gradient=gradient_norm(generator))
-            update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
+            update_average(average, generator, step // generator_every, AVERAGE_DECAY)
         # log and save
         if run.logs:
             # a large gap between D(held_out) and D(real) means that D overfits the training images
@@ -295,7 +295,7 @@ def infer(args):
     """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
     if args.n is None:
         check_out(args.out, PICTURE_ENDINGS)
-    # on the CPU unless asked otherwise: the picture is the same on every machine
+    # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     generator = load_net(Generator, args.ckpt or CKPT, PROBLEM, device)[0]
     images = draw_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
@@ -408,11 +408,11 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     for index, text in enumerate(('GAN', 'nearest', 'second', 'third')):
         axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center')
     lines = [f'The nearest of {len(training):,} training faces, by the latent means of the VAE']
-    least = {record['what']: record['copied_least'] for record in scores
-             if record['what'] == 'real' or record.get('sha256') == file_sum(ckpt)}
-    if len(least) == 2:
+    of_drawn, of_held_out = [[record['copied_least'] for record in scores if record.get('sha256') == wanted]
+                             for wanted in (file_sum(ckpt), None)]     # real faces have no sum
+    if of_drawn and of_held_out:
         lines.append('Lowest percentile of the distance to the nearest training face: 1,000 drawn faces {}, '
-                     'held-out faces {}'.format(*[rounded(least[name], 2) for name in sorted(least)]))
+                     'held-out faces {}'.format(rounded(of_drawn[0], 2), rounded(of_held_out[0], 2)))
     axes[1].set_title('\n'.join(lines))
     save_figure(path, figure)
 

@@ -61,7 +61,7 @@ LEARNING_RATE = 1e-3         # of Adam, at its peak
 LEARNING_RATE_WARM_UP = 100  # steps
 REVERSAL = 1.0               # lambda, the strength of the gradient reversal, at its end
 ENTROPY = 0.3                # weight of the entropy of target predictions, in nats, at its end
-AVERAGE_DECAY = 0.999        # of the average of the weights, per step
+AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
 STATISTICS = 5000            # training images, augmented, that give the batch norms their statistics
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
@@ -175,7 +175,7 @@ def train_run(run, data_dir):
             loss = loss + ENTROPY * ramp * entropy
             scalars['entropy'] = entropy.detach()
         take_step(optimizer, loss, learning_rate)
-        update_average(average, net, min(AVERAGE_DECAY, step / (step + 20)))
+        update_average(average, net, step, AVERAGE_DECAY)
         # log and save
         run.log(**scalars, learning_rate=learning_rate)
         if run.saves:

@@ -72,7 +72,7 @@ CONFIDENT = 0.9              # least probability of the teacher's label for a ta
 DIVERSITY = 0.1              # share of a digit, the even one, below which the teacher's labels favour it; the
                              # frequent ones are not pushed down, for a domain's digits may be uneven
 SHARES_DECAY = 0.98          # of the average of the teacher's mean prediction, per step
-AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step
+AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step: the most (see update_average)
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
@@ -257,7 +257,7 @@ def train_run(run, data_dir):
         if adapts and 'anchor' not in pieces and 'teacher' not in pieces:
             learning_rate *= ADVERSARIAL
         take_step(target_optimizer if adapts else source_optimizer, loss, learning_rate)
-        update_average(average, net, min(AVERAGE_DECAY, step / (step + 20)))
+        update_average(average, net, step, AVERAGE_DECAY)
         # log and save
         run.log(**scalars, learning_rate=learning_rate)
         if run.saves:

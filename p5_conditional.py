@@ -15,10 +15,10 @@ Differences from the papers: the U-Net has no attention, and sampling limits the
 and starts a little before the last step of the noise; ACGAN's generator multiplies the noise by the label's
 embedding and has the non-saturating loss; an average of the weights over the training steps (EMA) is kept.
 
-    bash hw3_p5.sh OUT.png                             draw ten digits of each class, as the grader does
+    bash hw3_p5.sh OUT.png                             draw ten digits of each class
     bash hw3_p5.sh FOLDER                              draw 100 single images of each class
     python3 p5_conditional.py --train --method acgan --data faces --attribute Smiling
-    python3 p5_conditional.py --plot --data_dir hw3_data      redraw every figure and table of the report
+    python3 p5_conditional.py --plot                          redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed, and the last average is kept.  Drawn digits are scored at the end of
 --train, by the upper bound of problem 3.  `tests/benchmark.py conditional` scores other numbers of sampling steps
@@ -35,8 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_out, content_sum,
-                      draw_pixels, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip,
+from datasets import (ATTRIBUTES, COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_out,
+                      content_sum, draw_pixels, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip,
                       read_digits, rounded, run_command, save_figure, save_picture, save_single, split_held_out,
                       to_float, write_text, write_whole)
 from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, UNet, accuracy, base_of,
@@ -62,6 +62,7 @@ DEFAULTS = dict(
     attribute='')            # of faces: the second of the two classes has it
 FACES_IN_BATCH = 32
 METHODS = ('diffusion', 'acgan')
+KINDS = dict(diffusion=('diffusion', 'digits'), acgan=('acgan', 'digits'), faces=('acgan', 'faces'))      # of nets
 ATTRIBUTE = 'Smiling'        # of faces, unless another is asked for
 CLASSES = dict(digits=10, faces=2)
 LEARNING_RATES = dict(diffusion=(1e-3,), acgan=(2e-4, 4e-4))     # of Adam, at the peak; of acgan: of G and of D
@@ -69,7 +70,7 @@ BETAS = dict(diffusion=(0.9, 0.99), acgan=(0.5, 0.999))
 LEARNING_RATE_WARM_UP = 200  # steps
 NOISE_STEPS = 500            # of the diffusion
 LABEL_DROPPED = 0.1          # share of the images whose label the U-Net is not told
-AVERAGE_DECAY = 0.999        # of the average of the weights, per step
+AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
 JUDGE = os.path.join(CHECKPOINTS, 'p3_runs', 'usps_mnistm', 'target_seed0.pth')     # upper bound of problem 3
@@ -80,7 +81,6 @@ SAMPLING_STEPS = 50          # of DDIM
 SAMPLING_START = 490         # step of the noise where it starts; later ones leave too little signal to tell an image
 GUIDANCE = 2.0               # weight of the guidance
 COLUMNS = 10                 # images of each class in the picture
-OTHER_PICTURES = ('.bmp', '.gif', '.tif', '.tiff', '.webp')        # endings that name no folder
 SINGLE = 100                 # images of each class in a folder
 MOMENTS = (1, 10, 20, 30, 40, 50)                                  # steps of sampling that fig5_3 shows
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')              # of tests/benchmark.py
@@ -149,9 +149,9 @@ def denoise(noise_in, x, sampling_steps, shown=()):
 
 
 def adversarial_losses(real, fake, real_logits, fake_logits, labels):
-    """Mean loss of the discriminator of ACGAN, from its scores (N,) and logits (N, classes).
+    """Two losses of the discriminator of ACGAN, from its scores (N,) and logits (N, classes): source and class.
 
-    Source: Odena et al. 2017, eq. 2 and 3: the source's loss and the class's, of real and drawn images alike.
+    Each is the mean over the real images plus that over the drawn ones.  Source: Odena et al. 2017, eq. 2 and 3.
     """
     return (F.softplus(-real).mean() + F.softplus(fake).mean(),
             F.cross_entropy(real_logits, labels) + F.cross_entropy(fake_logits, labels))
@@ -167,7 +167,9 @@ def to_unit(images):
 def train(args):
     """Train on data_dir and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    defaults = dict(DEFAULTS, batch_size=FACES_IN_BATCH) if args.data == 'faces' else DEFAULTS
+    defaults = DEFAULTS
+    if args.data == 'faces':
+        defaults = dict(DEFAULTS, batch_size=FACES_IN_BATCH, attribute=ATTRIBUTE)
     # other methods, data and attributes have their own paths
     path = own_path(args, {name: defaults[name] for name in ('steps', 'batch_size', 'seed')},
                     path_of(args.method, args.data, args.attribute))
@@ -205,8 +207,10 @@ def path_of(method, data, attribute):
 def read_data(data_dir, data, attribute):
     """Return the training images (N, 3, H, W) uint8, their labels (N,), and the DigitImages or FaceImages of test."""
     if data == 'digits':
-        digits = read_digits(data_dir, 'mnistm', 'train')
-        return digits.images, digits.labels, read_digits(data_dir, 'mnistm', 'test')
+        digits, test = [read_digits(data_dir, 'mnistm', split) for split in ('train', 'test')]
+        if len(test.names) < 2:
+            raise UserError('the score needs two test digits or more: add images')
+        return digits.images, digits.labels, test
     faces = FaceImages(data_dir, 'train')
     has = faces.attribute(attribute)
     if has.all() or not has.any():
@@ -258,7 +262,7 @@ def learn_diffusion(run, images, labels, training, held_out, facts):
             found = net(on_device(noised(x, noise, shares[times]), device), times, told)
         loss = F.mse_loss(found.float(), noise)
         take_step(optimizer, loss, learning_rate)
-        update_average(average, net, min(AVERAGE_DECAY, step / (step + 20)))
+        update_average(average, net, step, AVERAGE_DECAY)
         # log and save
         run.log(noise_loss=loss.detach(), learning_rate=learning_rate)
         if run.saves:
@@ -303,7 +307,7 @@ def learn_acgan(run, images, labels, training, held_out, facts):
         fooling, named = F.softplus(-score.float()).mean(), F.cross_entropy(logits.float(), wanted)
         take_step(optimizers[0], fooling + named, rates[0])
         discriminator.requires_grad_(True)
-        update_average(average, generator, min(AVERAGE_DECAY, step / (step + 20)))
+        update_average(average, generator, step, AVERAGE_DECAY)
         # log and save
         run.log(discriminator_loss=adversarial.detach(), generator_loss=fooling.detach(), naming_loss=naming.detach(),
                 named_loss=named.detach(), learning_rate=rates[0])
@@ -338,16 +342,19 @@ def features_of(judge, images, device):
 
 def infer(args):
     """Draw images: a row for each class in one picture at --out, or single images in the folder --out."""
-    single = os.path.isdir(args.out) or not args.out.lower().endswith(PICTURE_ENDINGS + OTHER_PICTURES)
+    # whatever ends in letters, as .png or .gif, is to be a file
+    single = os.path.isdir(args.out) or not os.path.splitext(args.out)[1][1:].isalpha()
     if single:
         check_new_folder(args.out)
     else:
         check_out(args.out, PICTURE_ENDINGS)
-    # on the CPU unless asked otherwise: the picture is the same on every machine
+    # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
-    net = load_net(build, args.ckpt or path_of(args.method, args.data, args.attribute), PROBLEM, device)[0]
+    net = read_net(args.ckpt, args.method, args.data, args.attribute, device)[0]
+    sampling_steps = SAMPLING_STEPS if args.sampling_steps is None else args.sampling_steps
+    guidance = GUIDANCE if args.guidance is None else args.guidance
     images = draw_images(net, args.n or (SINGLE if single else COLUMNS), args.seed or DEFAULTS['seed'], device,
-                         args.sampling_steps, args.guidance)
+                         sampling_steps, guidance)
     count = len(images)
     images = images.transpose(0, 1).flatten(0, 1)      # class after class
     if single:
@@ -356,6 +363,16 @@ def infer(args):
                                        for index in range(len(images))])
     else:
         save_picture(args.out, make_grid(images, count))
+
+
+def read_net(ckpt, method, data, attribute, device):
+    """Return (net, checkpoint) of ckpt or, without one, of these settings."""
+    path = ckpt or path_of(method, data, attribute)
+    if not ckpt and path != path_of(None, None, None) and not os.path.exists(path):
+        of_faces = f' --data faces --attribute {attribute or ATTRIBUTE}' if data == 'faces' else ''
+        raise UserError(f'there is no checkpoint {path}: train one with {PROBLEM}.py --train --method '
+                        + method + of_faces)
+    return load_net(build, path, PROBLEM, device)
 
 
 def draw_images(net, count, seed, device, sampling_steps=SAMPLING_STEPS, guidance=GUIDANCE):
@@ -397,13 +414,14 @@ def plot(args):
     """Write every figure and table of the report to --out (figures/) from checkpoints and logs."""
     device = pick_device(args.device or 'cpu')
     attribute = args.attribute or ATTRIBUTE
-    paths = dict(diffusion=args.ckpt or path_of('diffusion', 'digits', ''), acgan=path_of('acgan', 'digits', ''),
-                 faces=path_of('acgan', 'faces', attribute))
     nets, logs, scores = {}, {}, read_log(SCORES)
-    for name, path in paths.items():
-        nets[name], checkpoint = load_net(build, path, PROBLEM, device)
+    for name, kind in KINDS.items():
+        ckpt = args.ckpt if name == 'diffusion' else None
+        path = ckpt or path_of(*kind, attribute=attribute)
+        nets[name], checkpoint = read_net(ckpt, *kind, attribute=attribute, device=device)
         if isinstance(nets[name], UNet) != (name == 'diffusion'):
             raise UserError(f'{path} holds no net for {name}: name the one of diffusion as --ckpt')
+        check_scores(scores, name, path)
         logs[name] = read_log(base_of(path) + '.jsonl')
         if name == 'acgan':
             discriminator = ClassDiscriminator(**checkpoint['discriminator_config'])
@@ -415,6 +433,12 @@ def plot(args):
     plot_pairs(os.path.join(args.out, 'fig5_6.jpg'), nets['faces'], attribute, scores, device)
     plot_results(os.path.join(args.out, 'table5'), scores)
     print(f'eight figures and tables are in {args.out}')
+
+
+def check_scores(scores, what, path):
+    """Raise UserError if what scores say of a net, 'diffusion', 'acgan' or 'faces', is not of the file at path."""
+    if {record['sha256'] for record in scores if record['what'] == what} != {file_sum(path)}:
+        raise UserError(f'{SCORES} has no scores of {path}: let tests/benchmark.py conditional measure them')
 
 
 def plot_digits(path, nets, device):
@@ -471,6 +495,7 @@ def plot_scores(path, scores):
 def plot_learning_curves(path, logs):
     """fig5_5: the losses over the images seen."""
     figure, all_axes = new_figure(2.6, columns=3)
+    ends = dict(diffusion=', held-out\n(averaged weights, all labels told)')
     for axes, name, title, lines in (
             (all_axes[0], 'diffusion', 'Diffusion', (('noise_loss', 'error of the noise'),)),
             (all_axes[1], 'acgan', 'ACGAN, digits', ACGAN_LINES), (all_axes[2], 'faces', 'ACGAN, faces', ACGAN_LINES)):
@@ -481,7 +506,7 @@ def plot_learning_curves(path, logs):
                 points = [(record['step'] * size / 1000, record[scalar]) for record in records if scalar in record]
                 if points:
                     axes.plot(*zip(*points), style, color=colour,
-                              label=label + (', held-out' if kind == 'held_out' else ''))
+                              label=label + (ends.get(name, ', held-out') if kind == 'held_out' else ''))
         axes.set_title(title)
         axes.set(xlabel='images seen (thousands)', yscale='log')
         log_axis(axes.yaxis)
@@ -545,23 +570,24 @@ def parse_args(argv=None):
     parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw images', 'picture to write or, without an ending, folder of '
                         'single images')
     parser.add_argument('--n', type=int, help=f'images of each class ({COLUMNS} in a picture, {SINGLE} in a folder)')
-    parser.add_argument('--method', choices=METHODS, help=f'--train: what is trained ({DEFAULTS["method"]})')
-    parser.add_argument('--data', choices=sorted(CLASSES), help=f'--train: what is drawn ({DEFAULTS["data"]})')
+    parser.add_argument('--method', choices=METHODS, help=f'what is trained, or draws ({DEFAULTS["method"]})')
+    parser.add_argument('--data', choices=sorted(CLASSES), help=f'what is drawn ({DEFAULTS["data"]})')
     parser.add_argument('--attribute', help=f'of faces: the second of the two classes has it ({ATTRIBUTE})')
-    parser.add_argument('--sampling_steps', type=int, default=SAMPLING_STEPS,
-                        help=f'of the diffusion ({SAMPLING_STEPS})')
-    parser.add_argument('--guidance', type=float, default=GUIDANCE,
-                        help=f'weight of the guidance of the diffusion ({GUIDANCE:g})')
+    parser.add_argument('--sampling_steps', type=int, help=f'to draw by diffusion ({SAMPLING_STEPS})')
+    parser.add_argument('--guidance', type=float, help=f'weight of the guidance, to draw by diffusion ({GUIDANCE:g})')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.data == 'faces' and (args.method or DEFAULTS['method']) == 'diffusion':
         parser.error('--data faces is for acgan alone: add --method acgan')
-    if args.data == 'faces' and not args.resume:
-        args.attribute = args.attribute or ATTRIBUTE
-    elif args.attribute and args.data != 'faces' and not args.plot and not args.resume:
+    if args.attribute and args.data != 'faces' and not args.plot:
         parser.error('--attribute is for faces: add --data faces')
-    if not 1 <= args.sampling_steps <= SAMPLING_START:
+    if args.attribute:                     # as the columns spell it
+        args.attribute = {name.lower(): name for name in ATTRIBUTES}.get(args.attribute.lower(), args.attribute)
+    for name in ('sampling_steps', 'guidance'):
+        if getattr(args, name) is not None and (args.train or args.plot or args.method == 'acgan'):
+            parser.error(f'--{name} is for drawing by diffusion: leave it out')
+    if args.sampling_steps is not None and not 1 <= args.sampling_steps <= SAMPLING_START:
         parser.error(f'--sampling_steps must lie in 1 .. {SAMPLING_START}')
-    if not 0 <= args.guidance <= 100:
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
         parser.error('--guidance must lie in 0 .. 100')
     return args
 

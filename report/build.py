@@ -27,7 +27,7 @@ import p4_adda                                                                  
 import p5_conditional                                                               # noqa: E402
 from datasets import (DIRECTIONS, HELD_OUT, PER_DOMAIN, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
                       run_command, scenario_name, write_whole)
-from models import base_of, read_log, results_path, rows_of                         # noqa: E402
+from models import base_of, file_sum, read_log, results_path, rows_of               # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
 NOT_YET = 'not measured yet'
@@ -168,18 +168,24 @@ def vae_values():
 
 def gan_values():
     log = read_log(base_of(p2_gan.CKPT) + '.jsonl')
-    counts = {record['what']: record for record in read_log(p2_gan.COUNTS)} if os.path.exists(p2_gan.COUNTS) else {}
-    rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
+    # real faces have no sum
+    counts = {record.get('sha256'): record for record in (
+        read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else [])}
+    scored = read_log(p2_gan.SAMPLES)
+    rows = {record['what']: record for record in scored}
+    for what, path in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
+        if rows.get(what, {}).get('sha256') != file_sum(path):
+            raise UserError(f'{p2_gan.SAMPLES} has no scores of {path}: let tests/benchmark.py samples measure them')
     settings = next(record for record in log if record['kind'] == 'run')['settings']
     table = [[row['label'], rounded(row['images'], 0) if row['images'] else '', rounded(row['own'], 2),
               rounded(row['clear'], 3), rounded(row['frechet'], 1), rounded(row['nearest'], 3),
-              str(counts[what]['broken']) if what in counts else ''] for what, row in rows.items()]
+              str(counts[row.get('sha256')]['broken']) if row.get('sha256') in counts else ''] for row in scored]
     penalties = dict(wgan_gp='norm 1 between real and drawn', wgan_div='small between real and drawn',
                      dragan='norm 1 near real images', r1='small at real images')
     methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
-    shipped = counts.get('p2_gan')
+    shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A reader who did not know the method called {shipped["broken"]} of the {shipped["faces"]} faces '
                f'broken, by this rule: {shipped["rule"]}.') if shipped else ''
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
@@ -195,10 +201,11 @@ def gan_values():
 
 
 def conditional_values():
-    paths = dict(diffusion=p5_conditional.path_of('diffusion', 'digits', None),
-                 acgan=p5_conditional.path_of('acgan', 'digits', None), faces=p5_conditional.path_of('acgan', 'faces', None))
-    logs = {name: read_log(base_of(path) + '.jsonl') for name, path in paths.items()}
-    scores = read_log(p5_conditional.SCORES)
+    scores, logs = read_log(p5_conditional.SCORES), {}
+    for name, kind in p5_conditional.KINDS.items():
+        path = p5_conditional.path_of(*kind, attribute=None)
+        p5_conditional.check_scores(scores, name, path)
+        logs[name] = read_log(base_of(path) + '.jsonl')
     default = dict(acgan={}, real={}, diffusion=dict(sampling_steps=p5_conditional.SAMPLING_STEPS,
                                                      guidance=p5_conditional.GUIDANCE))
     rows = [record for record in scores if record['kind'] == 'digits']
@@ -220,9 +227,10 @@ def conditional_values():
                   if row['what'] == 'diffusion' and row['guidance'] == p5_conditional.GUIDANCE})
     faces = next(record for record in scores if record['kind'] == 'faces')
     return dict(
-        table=table, scores=found, faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
+        table=table, scores=found, drawn=rounded(10 * p5_conditional.SCORED, 0), cores=str(rows[-1]['cores']),
+        faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
         trained={name: training(log) for name, log in logs.items()}, attribute=faces['attribute'],
-        published=rounded(100 * p5_conditional.PUBLISHED, 1), scored=str(p5_conditional.SCORED),
+        published=rounded(100 * p5_conditional.PUBLISHED, 1),
         rates=dict(diffusion=f'{p5_conditional.LEARNING_RATES["diffusion"][0]:g}',
                    acgan='{:g} and {:g}'.format(*p5_conditional.LEARNING_RATES['acgan'])),
         channels=', '.join(map(str, p5_conditional.UNET['channels'])),

@@ -398,10 +398,12 @@ def strips(args):
 
     'real' stands for test faces.  Give the pictures to somebody who does not know them, and the counts to `count`.
     """
-    names = args.names or ['p1_vae', 'p2_gan', 'real']
+    names, key = args.names or ['p1_vae', 'p2_gan', 'real'], {}
     random.shuffle(names)
     os.makedirs(args.strips)
     for letter, name in zip(string.ascii_uppercase, names):
+        ckpt = os.path.join(CHECKPOINTS, name + '.pth')
+        key[letter] = dict(what=name, **{} if name == 'real' else {'sha256': file_sum(ckpt)})
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'faces.png')
             if name == 'real':
@@ -410,26 +412,23 @@ def strips(args):
                 save_picture(path, make_grid(test[torch.from_numpy(rows)], 8))
             else:
                 module = {'p1': p1_vae, 'p2': p2_gan}[name[:2]]
-                subprocess.check_call([sys.executable, module.__file__, '--out', path, '--ckpt',
-                                       os.path.join(CHECKPOINTS, name + '.pth')])
+                subprocess.check_call([sys.executable, module.__file__, '--out', path, '--ckpt', ckpt])
             with Image.open(path) as picture:
                 picture.resize([2 * side for side in picture.size], Image.BICUBIC).save(
                     os.path.join(args.strips, letter + '.png'))
     with open(args.strips + '.key', 'w') as file:
-        json.dump(dict(zip(string.ascii_uppercase, names)), file)
+        json.dump(key, file)
 
 
 def count(args):
     """Log how many of the 32 faces of each letter a reader called broken: count A=3 B=7 --strips FOLDER."""
     with open(args.strips + '.key') as file:
         key = json.load(file)
-    found = {key[word.split('=')[0]]: int(word.split('=')[1]) for word in args.names}
-    before = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
-    records = [old for old in before if old['what'] not in found]
-    for name, broken in found.items():
-        path = os.path.join(CHECKPOINTS, name + '.pth')
-        records.append(dict(kind='count', what=name, broken=broken, faces=32, date=time.strftime('%Y-%m-%d'), rule=RULE,
-                            **{} if name == 'real' else {'sha256': file_sum(path)}))
+    records = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
+    for letter, broken in [word.split('=') for word in args.names]:
+        records = [old for old in records if old.get('sha256') != key[letter].get('sha256')]
+        records.append(dict(key[letter], kind='count', broken=int(broken), faces=32, date=time.strftime('%Y-%m-%d'),
+                            rule=RULE))
     write_log(p2_gan.COUNTS, sorted(records, key=lambda record: record['what']))
 
 
@@ -464,8 +463,8 @@ def conditional(args):
         **nearest(features[held_out]))]
     rows = [('acgan', '', '')] + [('diffusion', p5_conditional.SAMPLING_STEPS, guidance) for guidance in GUIDANCES] + [
         ('diffusion', count, p5_conditional.GUIDANCE) for count in SAMPLINGS if count != p5_conditional.SAMPLING_STEPS]
-    nets = {what: load_net(p5_conditional.build, p5_conditional.path_of(what, 'digits', None), p5_conditional.PROBLEM,
-                           cpu)[0] for what in p5_conditional.METHODS}
+    paths = {what: p5_conditional.path_of(what, 'digits', None) for what in p5_conditional.METHODS}
+    nets = {what: load_net(p5_conditional.build, path, p5_conditional.PROBLEM, cpu)[0] for what, path in paths.items()}
     records.append(conditional_faces(args.data_dir, cpu))      # first, for it needs the most files
     for what, sampling_steps, guidance in rows:
         net, start = nets[what], time.time()
@@ -474,11 +473,11 @@ def conditional(args):
         asked, drawn = torch.arange(10).repeat(len(drawn)), drawn.flatten(0, 1)
         found = p5_conditional.features_of(judge, drawn, cpu)
         records.append(dict(
-            kind='digits', what=what, label=dict(acgan='ACGAN').get(what, what), sampling_steps=sampling_steps,
-            guidance=guidance, images_per_second=speed, accuracy=accuracy(judge, drawn, asked, cpu),
-            frechet=frechet_distance(found, of_test), **nearest(found)))
+            kind='digits', what=what, label=dict(acgan='ACGAN').get(what, what), sha256=file_sum(paths[what]),
+            sampling_steps=sampling_steps, guidance=guidance, images_per_second=speed, cores=os.cpu_count(),
+            accuracy=accuracy(judge, drawn, asked, cpu), frechet=frechet_distance(found, of_test), **nearest(found)))
         print(records[-1], flush=True)
-        write_log(p5_conditional.SCORES, records)
+    write_log(p5_conditional.SCORES, records)
 
 
 def conditional_faces(data_dir, cpu):
@@ -493,7 +492,8 @@ def conditional_faces(data_dir, cpu):
     classifier = LogisticRegression(solver='lbfgs', max_iter=1000).fit(of_faces, faces.attribute(attribute))
     drawn = p5_conditional.draw_images(net, 500, 0, cpu)
     named = classifier.predict(p2_gan.latent_means(judge, drawn.flatten(0, 1), cpu).numpy())
-    return dict(kind='faces', attribute=attribute, accuracy=float((named == np.tile([False, True], 500)).mean()),
+    return dict(kind='faces', what='faces', attribute=attribute, sha256=file_sum(path),
+                accuracy=float((named == np.tile([False, True], 500)).mean()),
                 real_accuracy=float(classifier.score(of_test, test.attribute(attribute))))
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, assert_one_line, refusals, run
 from PIL import Image
 
 import p5_conditional
-from models import ClassDiscriminator, ClassGenerator, UNet, load_checkpoint, write_log
+from models import ClassDiscriminator, ClassGenerator, UNet, file_sum, load_checkpoint, write_log
 
 CPU = torch.device('cpu')
 # the real program with small nets that logs and saves often; its judge is another net, which is always there
@@ -84,10 +84,12 @@ def test_noised_images_have_the_shares_of_signal_and_noise():
 
 @pytest.mark.parametrize('steps', [1, 7, 50, 490])
 def test_sampling_with_the_true_noise_returns_the_image(steps):
+    """On the way x is always the image with this very noise (DDIM adds no new one)."""
     image, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
     shares, seen = p5_conditional.signal_shares(), []
 
     def noise_in(x, step):
+        assert torch.allclose(x, p5_conditional.noised(image, noise, shares[step]), atol=1e-3)
         seen.append(step)
         return (x - shares[step].sqrt() * image) / (1 - shares[step]).sqrt()
     start = p5_conditional.noised(image, noise, shares[p5_conditional.SAMPLING_START])
@@ -95,6 +97,20 @@ def test_sampling_with_the_true_noise_returns_the_image(steps):
     assert torch.allclose(found, image, atol=1e-3)
     assert all(torch.allclose(one, image, atol=1e-3) for one in expected)
     assert len(seen) == steps and seen[0] == 490 and seen == sorted(set(seen), reverse=True)
+
+
+def test_sampling_limits_the_expected_image_and_finds_its_noise_anew():
+    """If the net expects a brightness of 3, x goes on as white with the noise that is then in it."""
+    shares, x, seen = p5_conditional.signal_shares(), torch.randn(1, 3, 4, 4), []
+
+    def noise_in(x, step):
+        seen.append((x, shares[step]))
+        return (x - shares[step].sqrt() * 3) / (1 - shares[step]).sqrt()
+    found, _ = p5_conditional.denoise(noise_in, x, 2)
+    (_, first), (second, share) = seen
+    noise = (x - first.sqrt()) / (1 - first).sqrt()
+    assert torch.allclose(second, share.sqrt() + (1 - share).sqrt() * noise, atol=1e-4)
+    assert torch.allclose(found, torch.ones(1, 3, 4, 4))
 
 
 def test_guidance_goes_on_from_the_untold_noise_through_the_told_one():
@@ -218,7 +234,11 @@ def put(trained, name, ckpt):
 
 def test_folder_and_flags_decide_what_is_drawn(copy_of_project, trained, tmp_path):
     """Without --ckpt the net of --method and --data draws; a folder that is there and empty takes single images."""
-    put(trained, 'faces', copy_of_project / 'checkpoints' / 'p5_methods' / 'acgan_smiling.pth')
+    folder = copy_of_project / 'checkpoints'
+    for name in ('p5_conditional.pth', 'p5_methods/acgan.pth'):
+        if (folder / name).exists():
+            (folder / name).unlink()
+    put(trained, 'faces', folder / 'p5_methods' / 'acgan_smiling.pth')
     (tmp_path / 'tmp.2020').mkdir()
     program = copy_of_project / 'p5_conditional.py'
     words = ['python3', program, '--method', 'acgan', '--data', 'faces', '--out', 'tmp.2020']
@@ -226,7 +246,11 @@ def test_folder_and_flags_decide_what_is_drawn(copy_of_project, trained, tmp_pat
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(str(tmp_path / 'tmp.2020'))) == ['0_001.png', '0_002.png', '1_001.png', '1_002.png']
     assert_one_line(run(words, cwd=tmp_path), 'tmp.2020 exists and is no empty folder')
-    assert_one_line(run(['python3', program, '--out', 'x.png'], cwd=tmp_path), 'p5_conditional.pth')
+    assert_one_line(run(['python3', program, '--out', 'x.png'], cwd=tmp_path), 'p5_conditional.pth', 'hw3_p5.sh')
+    assert_one_line(run(['python3', program, '--out', 'x.png', '--method', 'acgan'], cwd=tmp_path),
+                    'acgan.pth: train one with p5_conditional.py --train --method acgan')
+    assert_one_line(run(words + ['--attribute', 'male'], cwd=tmp_path / 'tmp.2020'),
+                    '--method acgan --data faces --attribute Male')
 
 
 def test_figures(copy_of_project, trained, tmp_path):
@@ -236,11 +260,15 @@ def test_figures(copy_of_project, trained, tmp_path):
                  faces=folder / 'p5_methods' / 'acgan_smiling.pth')
     for name, path in paths.items():
         put(trained, name, path)
-    for what, steps, guidance in (('real', '', ''), ('acgan', '', ''), ('diffusion', 50, 0.0), ('diffusion', 50, 2.0),
-                                  ('diffusion', 10, 2.0)):
-        scores.append(dict(kind='digits', what=what, label=what, sampling_steps=steps, guidance=guidance, accuracy=0.9,
-                           frechet=30.0, nearest=8.0, nearest_least=4.0, images_per_second=5.0 if steps else ''))
-    scores.append(dict(kind='faces', attribute='Smiling', accuracy=0.7, real_accuracy=0.8))
+    sums = {name: file_sum(str(path)) for name, path in paths.items()}
+    rows = [('real', '', ''), ('acgan', '', ''), ('diffusion', 50, 0.0), ('diffusion', 50, 2.0), ('diffusion', 10, 2.0)]
+    for index, (what, steps, guidance) in enumerate(rows):
+        scores.append(dict(
+            kind='digits', what=what, label=what, sampling_steps=steps, guidance=guidance, accuracy=0.91 + index / 100,
+            frechet=30.0 + index, nearest=8.0 + index / 10, nearest_least=4.0 + index / 5,
+            images_per_second=5.0 + index if steps else '', **{'sha256': sums[what]} if what in sums else {}))
+    scores.append(dict(kind='faces', what='faces', attribute='Smiling', accuracy=0.7, real_accuracy=0.8,
+                       sha256=sums['faces']))
     write_log(str(folder / 'p5_scores.jsonl'), scores)
     plot = ['python3', copy_of_project / 'p5_conditional.py', '--plot', '--out', tmp_path / 'figures']
     result = run(plot)
@@ -251,8 +279,26 @@ def test_figures(copy_of_project, trained, tmp_path):
             with Image.open(str(tmp_path / 'figures' / name)) as picture:
                 assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
     table = (tmp_path / 'figures' / 'table5.csv').read_text().splitlines()
-    assert len(table) == 6 and table[3].startswith('diffusion,50,0.0,90.0,30.0,8.00,4.00,5.0')
+    assert table[1:] == ['real,,,91.0,30.0,8.00,4.00,', 'acgan,,,92.0,31.0,8.10,4.20,',
+                         'diffusion,50,0.0,93.0,32.0,8.20,4.40,7.0', 'diffusion,50,2.0,94.0,33.0,8.30,4.60,8.0',
+                         'diffusion,10,2.0,95.0,34.0,8.40,4.80,9.0']
     assert_one_line(run(plot + ['--ckpt', paths['acgan']]), 'acgan.pth holds no net for diffusion')
+    scores[-1]['sha256'] = 'of another net'
+    write_log(str(folder / 'p5_scores.jsonl'), scores)
+    assert_one_line(run(plot), 'has no scores of', 'acgan_smiling.pth', 'benchmark.py conditional')
+
+
+def test_curves_of_the_scores_show_their_records(tmp_path, monkeypatch):
+    """fig5_4: accuracy above and distance below, over the guidance to the left and over the steps to the right."""
+    drawn, scores = [], [dict(kind='digits', what=what, accuracy=0.5, frechet=9.0) for what in ('real', 'acgan')]
+    for index, (steps, guidance) in enumerate(((50, 0.0), (50, 2.0), (10, 2.0))):
+        scores.append(dict(kind='digits', what='diffusion', sampling_steps=steps, guidance=guidance,
+                           accuracy=0.91 + index / 100, frechet=30.0 + index))
+    monkeypatch.setattr(p5_conditional, 'save_figure', lambda path, figure: drawn.append(figure))
+    p5_conditional.plot_scores('fig5_4.png', scores)
+    lines = [axes.get_lines()[0].get_xydata().tolist() for axes in drawn[0].axes]
+    assert np.allclose(lines[0], [[0, 91], [2, 92]]) and np.allclose(lines[1], [[10, 93], [50, 92]])
+    assert np.allclose(lines[2], [[0, 30], [2, 31]]) and np.allclose(lines[3], [[10, 32], [50, 31]])
 
 
 def test_judge_is_kept_and_asked_for(copy_of_project, data_dir, tmp_path):
@@ -266,12 +312,33 @@ def test_attribute_of_a_resumed_run(data_dir, tmp_path):
     assert train(data_dir, tmp_path / 'm.pth', '--steps', '3', '--attribute', 'Male', *flags).returncode == 0
     result = train(data_dir, tmp_path / 'm.pth', '--resume', *flags)
     assert result.returncode == 0, result.stderr
-    assert_one_line(train(data_dir, tmp_path / 'm.pth', '--resume', '--attribute', 'Smiling'), '--attribute Male')
+    assert_one_line(train(data_dir, tmp_path / 'm.pth', '--resume', '--attribute', 'Smiling', *flags),
+                    '--attribute Male')
+    # without a state, --resume starts a run with the default attribute
+    assert train(data_dir, tmp_path / 's.pth', '--steps', '3', '--resume', *flags).returncode == 0
+    settings = load_checkpoint(str(tmp_path / 's.pth'), 'p5_conditional')['settings']
+    assert settings['attribute'] == 'Smiling' and settings['batch_size'] == 4
+
+
+@pytest.mark.parametrize('learner', ['generator', 'discriminator'])
+def test_each_net_of_acgan_learns_against_one_that_stays(data_dir, tmp_path, learner):
+    """A generator alone comes to be called real and of its class; a discriminator alone tells both."""
+    rates = dict(generator=(5e-3, 0.0), discriminator=(0.0, 5e-3))[learner]
+    ckpt = tmp_path / 'run.pth'
+    result = train(data_dir, ckpt, '--steps', '200', *FLAGS['acgan'],
+                   before=f'program.SAVE_EVERY = 200; program.LEARNING_RATES["acgan"] = {rates}; ')
+    assert result.returncode == 0, result.stderr
+    first, last = [{name: np.mean([record[name] for record in part]) for name in part[0] if name.endswith('loss')}
+                   for logged in [records(ckpt, 'train')] for part in (logged[:20], logged[-20:])]
+    for name in dict(generator=('generator_loss', 'named_loss'), discriminator=('discriminator_loss', 'naming_loss')
+                     )[learner]:
+        assert last[name] < 0.9 * first[name], name
 
 
 def test_wrong_flags(tmp_path):
     rows = [['--out', 'x.png', '--sampling_steps', '0'], ['--out', 'x.png', '--sampling_steps', '491'],
             ['--out', 'x.png', '--guidance', 'nan'], ['--out', 'x.png', '--guidance', '-1'], ['--train', '--n', '0'],
+            ['--out', 'x.png', '--guidance', '1', '--method', 'acgan'], ['--plot', '--sampling_steps', '5'],
             ['--train', '--data', 'faces'], ['--train', '--attribute', 'Smiling'], ['--train', '--method', 'gan'], []]
     for flags, (code, stderr) in zip(rows, refusals('p5_conditional', rows, tmp_path)):
         assert code == 2 and stderr.startswith('p5_conditional.py: error:') and stderr.count('\n') == 1, flags

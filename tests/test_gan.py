@@ -170,6 +170,24 @@ def test_augmentation_of_flat_images():
     assert 0.75 * (7 / 8) ** 2 - 0.25 * 15 / 64 <= min(kept) < max(kept) <= 1 - 0.25 / 4 + 0.02
 
 
+def test_augmentation_changes_saturation_and_contrast():
+    """Of an image with two colours, both factors fill their ranges, 0 to 2 and 0.5 to 1.5."""
+    x = torch.zeros(200, 3, 64, 64)
+    x[:, 0], x[:, :, :, 32:] = 0.2, x[:, :, :, 32:] + 0.1      # reddish, and to the right brighter
+    x[:, 0, :, 32:] = 0.3
+    saturations, contrasts = [], []
+    for image in p2_gan.augment(x, 1.0, stream()):
+        seen = (image != 0).all(0)
+        left, right = seen[:, 8:24], seen[:, 40:56]            # parts that no move brings over the edge
+        if left.any() and right.any():
+            left, right = image[:, :, 8:24][:, left].mean(1), image[:, :, 40:56][:, right].mean(1)
+            contrasts.append(((right - left).mean() / 0.1).item())
+            saturations.append(((left[0] - left[1]) / 0.2).item() / contrasts[-1])
+    assert len(contrasts) > 150
+    assert 0.5 <= min(contrasts) + 1e-3 < 0.55 and 1.45 < max(contrasts) <= 1.5 + 1e-3
+    assert 0 <= min(saturations) + 1e-3 < 0.1 and 1.9 < max(saturations) <= 2 + 1e-3
+
+
 def test_augmentation_moves_by_at_most_an_eighth():
     images = torch.full((300, 3, 64, 64), -0.5)
     images[:, :, 32, 32] = 1

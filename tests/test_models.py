@@ -132,15 +132,16 @@ def test_noise_is_standard_normal_and_frozen():
 @pytest.mark.parametrize('make,inputs', [
     (lambda: VAE(**SMALL), (torch.rand(4, 3, 64, 64), torch.randn(4, 6))),
     (lambda: Generator(**SMALL), (torch.randn(4, 6),))], ids=['vae', 'generator'])
-def test_average_follows_its_formula(make, inputs):
+@pytest.mark.parametrize('updates,decay', [(1, 1 / 21), (30, 0.6), (1000, 0.9)])
+def test_average_follows_its_formula(make, inputs, updates, decay):
     net, average = make(), make()
     before = copy.deepcopy(average.state_dict())
     net(*inputs)                                          # changes the batch statistics' buffers
-    update_average(average, net, 0.9)
+    update_average(average, net, updates, 0.9)
     assert any('running_mean' in name for name in before)
     for name, value in average.state_dict().items():
         new = net.state_dict()[name]
-        expected = 0.9 * before[name] + 0.1 * new if value.is_floating_point() else new
+        expected = decay * before[name] + (1 - decay) * new if value.is_floating_point() else new
         assert torch.allclose(value.float(), expected.float(), atol=1e-6), name
 
 
