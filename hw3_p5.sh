@@ -6,7 +6,7 @@ name=p5_conditional.pth here=$(python3 -c 'import os, sys; sys.stdout.buffer.wri
 file=$here/checkpoints/$name fix="set CHECKPOINT_URL, or the line in checkpoints/URL, to the address of its folder"
 fail() { echo "hw3_p5.sh: $name $1" >&2; exit 1; }
 good() { [ -f "$1" ] && [ "$(python3 -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1")" = "${sum%% *}" ]; }
-sum=$(grep -s "  $name" "$here/checkpoints/SHA256SUMS") || fail "has no line in checkpoints/SHA256SUMS: restore that file with git, or make both with python3 p5_conditional.py --train"
+sum=$(grep -s "  $name" "$here/checkpoints/SHA256SUMS") || fail "has no line in checkpoints/SHA256SUMS: restore that file with git"
 if ! good "$file"; then
   url=${CHECKPOINT_URL:-$(head -n 1 "$here/checkpoints/URL" 2>/dev/null | tr -d '\r' || true)}
   [ -n "$url" ] || fail "is missing or damaged, and no address is known: $fix"

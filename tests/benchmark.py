@@ -307,14 +307,16 @@ def scripts(args):
         several = min(timed(['python3', os.path.join(ROOT, 'p3_dann.py')] + words)[0] for _ in range(2))
         extra = dict(cores=len(os.sched_getaffinity(0)), one_process_seconds=single, processes_ratio=single / several)
         records = []
+        images = {'hw3_p1.sh': 32, 'hw3_p2.sh': 32, 'hw3_p3.sh': DIGITS, 'hw3_p4.sh': DIGITS, 'hw3_p5.sh': 100}
         for script, words in (('hw3_p1.sh', ['out.png']), ('hw3_p2.sh', ['out.png']),
-                              ('hw3_p3.sh', [digits, 'svhn', 'out.csv']), ('hw3_p4.sh', [digits, 'svhn', 'out.csv'])):
+                              ('hw3_p3.sh', [digits, 'svhn', 'out.csv']), ('hw3_p4.sh', [digits, 'svhn', 'out.csv']),
+                              ('hw3_p5.sh', ['out.png'])):
             words[-1] = os.path.join(folder, words[-1])
             runs = [timed(['bash', os.path.join(ROOT, script)] + words) for _ in range(3)]
             records.append(dict(extra if script == 'hw3_p3.sh' else {}, kind='script', script=script,
                                 seconds=min(runs)[0], megabytes=max(run[1] for run in runs),
                                 import_seconds=min(imports)[0],
-                                images=DIGITS if len(words) == 3 else 32, torch=version.decode().strip()))
+                                images=images[script], torch=version.decode().strip()))
     for record in records:
         print('{script}: {seconds:.2f} s for {images:,} images, of which importing torch {import_seconds:.2f} s; '
               'at most {megabytes:.0f} MB (torch {torch})'.format(**record))

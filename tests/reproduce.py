@@ -1,9 +1,9 @@
-"""Run the four scripts as the grader does and set what they give beside what the report says.
+"""Run the five scripts as the grader does and set what they give beside what the report says.
 
     python3 tests/reproduce.py --data_dir hw3_data                            a minute or two; or
     python3 tests/reproduce.py --unpack ../shared/data/unpack.py              with the data kit, unpacked first
 
-Pictures are compared with those in figures/ (at most 2 grey levels apart: another CPU or torch rounds
+Pictures are compared with those in tests/reference/ (at most 2 grey levels apart: another CPU or torch rounds
 otherwise), prediction files are scored on the test folders as the course does (labels compared as
 text) and compared with the accuracy in the logs (at most 0.1 points apart).  Exit status 1 if one differs.
 """
@@ -44,13 +44,13 @@ def course_score(predicted, truth):
 
 
 def pictures(folder):
-    for script, name in (('hw3_p1.sh', 'fig1_4.png'), ('hw3_p2.sh', 'fig2_2.png')):
+    for script, name in (('hw3_p1.sh', 'fig1_4.png'), ('hw3_p2.sh', 'fig2_2.png'), ('hw3_p5.sh', 'hw3_p5.png')):
         seconds = bash(script, os.path.join(folder, name))
         found, expected = [np.asarray(Image.open(os.path.join(place, name)).convert('RGB')).astype(int)
-                           for place in (folder, os.path.join(ROOT, 'figures'))]
+                           for place in (folder, os.path.join(ROOT, 'tests', 'reference'))]
         same = found.shape == expected.shape
         difference = np.abs(found - expected).max() if same else 255
-        yield f'bash {script}', f'figures/{name}', f'{difference} grey levels apart', difference <= 2, seconds
+        yield f'bash {script}', f'tests/reference/{name}', f'{difference} grey levels apart', difference <= 2, seconds
 
 
 def predictions(folder, data_dir):
@@ -80,13 +80,13 @@ def main():
     if not os.path.isdir(os.path.join(data_dir, 'digits')):
         sys.exit(f'there is no {os.path.join(data_dir, "digits")}: name another --data_dir, or --unpack the kit')
     wrong = 0
-    print(f'{"command":28} {"expected":22} {"found":24} {"":8} seconds')
+    print(f'{"command":28} {"expected":28} {"found":24} {"":8} seconds')
     with tempfile.TemporaryDirectory() as folder:
         for rows in (pictures(folder), predictions(folder, data_dir)):
             for command, expected, found, right, seconds in rows:
                 verdict = 'same' if right else 'DIFFERS'
                 wrong += not right
-                print(f'{command:28} {expected:22} {found:24} {verdict:8} {seconds:.1f}', flush=True)
+                print(f'{command:28} {expected:28} {found:24} {verdict:8} {seconds:.1f}', flush=True)
     sys.exit(1 if wrong else 0)
 
 

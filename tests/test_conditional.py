@@ -345,6 +345,22 @@ def test_wrong_flags(tmp_path):
     assert os.listdir(str(tmp_path)) == []
 
 
+def test_script_draws_the_reference_picture(tmp_path):
+    """At most two grey levels from the committed picture, in every environment; a row for each digit."""
+    result = run(['bash', os.path.join(ROOT, 'hw3_p5.sh'), 'out.png'], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    drawn, expected = [np.asarray(Image.open(str(path)).convert('RGB')).astype(int) for path in (
+        tmp_path / 'out.png', os.path.join(ROOT, 'tests', 'reference', 'hw3_p5.png'))]
+    assert drawn.shape == expected.shape == (10 * 30 + 2, 10 * 30 + 2, 3)
+    assert np.abs(drawn - expected).max() <= 2
+
+
+@pytest.mark.parametrize('arguments', [[], ['a.png', 'b.png']])
+def test_usage_of_the_script(tmp_path, arguments):
+    result = run(['bash', os.path.join(ROOT, 'hw3_p5.sh')] + arguments, cwd=tmp_path)
+    assert_one_line(result, 'usage: bash hw3_p5.sh', code=2)
+
+
 def test_output_that_is_no_picture(tmp_path):
     result = run(['python3', os.path.join(ROOT, 'p5_conditional.py'), '--out', 'x.gif'], cwd=tmp_path)
     assert_one_line(result, 'x.gif does not end in')

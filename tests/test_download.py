@@ -264,6 +264,14 @@ def test_scripts_of_the_digits_fetch_as_those_of_the_faces_do():
     assert faces[faces.index(start):faces.index(end)] == digits[digits.index(start):digits.index(end)]
 
 
+def test_script_of_problem_5_fetches_as_those_of_the_faces_do():
+    faces, conditional = lines_of('hw3_p1.sh').replace('hw3_p1', 'hw3_p5'), lines_of('hw3_p5.sh')
+    start, end = 'set -euo', '[ $# -eq 1 ]'
+    assert faces[faces.index(start):faces.index(end)] == conditional[conditional.index(start):conditional.index(end)]
+    start, end = 'file=$here', 'exec python3'
+    assert faces[faces.index(start):faces.index(end)] == conditional[conditional.index(start):conditional.index(end)]
+
+
 def test_other_script_fetches_its_own_checkpoint(copy_of_project, server):
     (copy_of_project / 'checkpoints' / 'p2_gan.pth').unlink()
     result = run(['bash', copy_of_project / 'hw3_p2.sh', copy_of_project / 'out.png'],

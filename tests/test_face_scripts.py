@@ -161,7 +161,7 @@ def test_single_images(script, tmp_path):
 
 
 @pytest.mark.parametrize('arguments,words', [
-    (['--out', 'x.png', '--ckpt', 'none.pth'], ['none.pth', 'hw3_p']),
+    (['--out', 'x.png', '--ckpt', 'none.pth'], ['none.pth', '--train']),
     (['--out', 'x.png', '--ckpt', 'torn.pth'], ['torn.pth', 'torn']),
     (['--out', 'x.png', '--ckpt', 'text.pth'], ['text.pth', 'no checkpoint']),
     (['--out', 'x.png', '--ckpt', 'other.pth'], ['other.pth', 'p9_other']),

@@ -21,6 +21,7 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
+import p5_conditional                                                               # noqa: E402
 from datasets import DIRECTIONS, SEEDS, SOURCE_OF, FaceImages, read_digits, rounded, scenario_name           # noqa: E402
 from models import (VAE, DigitNet, Generator, accuracy, file_sum, load_checkpoint,  # noqa: E402
                     load_net, read_log, results_path, rows_of)
@@ -70,20 +71,25 @@ def cell(values):
 def results():
     """The tables of README.md: ours beside the best public figures."""
     kl, mse = p1_vae.PUBLISHED
-    lines = ['| faces | measured on test faces | here | best public report |', '| --- | --- | --- | --- |']
+    lines = ['| pictures | measured | here | best public report |', '| --- | --- | --- | --- |']
     found = NOT_YET
     if log_of('p1_vae'):
         test = one(log_of('p1_vae'), kind='test')
         found = f'{rounded(test["mse"], 4)} and {rounded(test["kl"], 1)}'
-    lines.append(f'| VAE | MSE per pixel (pixels between 0 and 1), and KL in nats | {found} '
+    lines.append(f'| VAE | on test faces: MSE per pixel (pixels between 0 and 1), and KL in nats | {found} '
                  f'| {rounded(mse, 4)} and {rounded(kl, 1)}, ten faces |')
     found = NOT_YET
     if log_of('p2_gan'):
         drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
         found = ' and '.join(f'{rounded(drawn[name], places)} (real faces: {rounded(real[name], places)})'
                              for name, places in (('clear', 3), ('frechet', 1)))
-    lines.append(f'| GAN | share of faces that dlib sees clearly, and distance of dlib\'s face descriptors | {found} '
-                 '| no such score |')
+    lines.append('| GAN | share of drawn faces that dlib sees clearly, and distance of its descriptors to test faces '
+                 f'| {found} | no such score |')
+    found = NOT_YET
+    if log_of('p5_conditional'):
+        found = rounded(100 * one(log_of('p5_conditional'), kind='test')['accuracy'], 1)
+    lines.append('| diffusion (an extra) | digits that a net for MNIST-M reads as what was asked for, in % '
+                 f'| {found} | {rounded(100 * p5_conditional.PUBLISHED, 1)}, by an ACGAN and another net |')
     rows = [measured(problem).get(row, []) for problem, row in (
         ('p3_dann', 'source'), ('p3_dann', 'dann_entropy'), ('p4_adda', 'improved'), ('p3_dann', 'target'))]
     lines += ['', '| digits: accuracy in % | lower bound | problem 3 | problem 4 | upper bound '
@@ -168,6 +174,7 @@ def all_results():
               'report explains the pieces):'] + digit_table('asked', ablation),
              ['Three more pairs of domains, which other years of the course ask for (the upper bound of a target is '
               'that of the first table):'] + digit_table('others', OTHERS),
+             ['## Problem 5'] + conditional(),
              ['## Speed of the scripts'] + script_results())
     return '# Results\n\n' + '\n\n'.join('\n'.join(part) for part in parts) + '\n'
 
@@ -202,6 +209,17 @@ def samples():
     return lines + [f'| {record["label"]} | {record["images"]:,} | {rounded(record["own"], 2)} '
                     f'| {rounded(record["clear"], 3)} | {rounded(record["frechet"], 1)} '
                     f'| {rounded(record["nearest"], 3)} |' for record in read_log(p2_gan.SAMPLES)]
+
+
+def conditional():
+    """Scores of 1,000 drawn digits of each setting of problem 5."""
+    if not os.path.exists(p5_conditional.SCORES):
+        return ['', 'ACGAN and diffusion are not compared yet.']
+    with open(os.path.join(ROOT, 'figures', 'table5.csv'), encoding='utf8') as file:
+        rows = list(csv.reader(file))
+    return ['', '1,000 drawn digits of MNIST-M of each setting, 100 of each class, as the upper bound of problem 3 '
+            'reads them. Distances are between its features.', ''] + [
+                '| ' + ' | '.join(row) + ' |' for row in rows[:1] + [['---'] * len(rows[0])] + rows[1:]]
 
 
 def script_results():
@@ -246,7 +264,7 @@ def test_results_say_what_the_logs_say():
 
 def shipped_logs():
     """Checkpoint and log of every shipped net that was trained on the new data kit."""
-    names = [(module.PROBLEM, module.PROBLEM) for module in (p1_vae, p2_gan)]
+    names = [(module.PROBLEM, module.PROBLEM) for module in (p1_vae, p2_gan, p5_conditional)]
     names += [(module.PROBLEM, f'{module.PROBLEM}_{target}') for module in (p3_dann, p4_adda) for target in TARGETS]
     return [(problem, name, log_of(name)) for problem, name in names if log_of(name)]
 
@@ -263,7 +281,7 @@ def test_shipped_checkpoints_and_logs_agree():
 def test_shipped_checkpoints_have_their_sums():
     with open(os.path.join(CHECKPOINTS, 'SHA256SUMS')) as file:
         sums = dict(reversed(line.split()) for line in file)
-    assert len(sums) >= 8
+    assert len(sums) >= 9
     for name, value in sums.items():
         assert file_sum(os.path.join(CHECKPOINTS, name)) == value, name
 
@@ -305,6 +323,8 @@ needs_data = pytest.mark.skipif('HW3_DATA' not in os.environ, reason='HW3_DATA n
 def test_shipped_weights_measure_what_the_logs_say():
     data_dir = os.environ['HW3_DATA']
     for problem, name, log in shipped_logs():
+        if problem == 'p5_conditional':    # a thousand digits take minutes
+            continue
         path, test = os.path.join(CHECKPOINTS, name + '.pth'), one(log, kind='test')
         if problem == 'p1_vae':
             net = load_net(VAE, path, problem, CPU)[0]
