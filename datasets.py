@@ -646,43 +646,47 @@ def rounded(value, places):
     return f'{decimal.Decimal(f"{value:.12g}").quantize(step, decimal.ROUND_HALF_UP):,}'     # not 0.1 + 0.2
 
 
-def plot_table(base, title, rows, asked=0, directions=None):
-    """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
+def table_lines(rows, directions=None):
+    """Return the lines of a table's CSV, in percent, and of each row the text for each scenario.
 
-    rows is a list of (label, records of the results log), which may be empty; the labels of the first, which the
-    assignment asked for, are bold.  directions maps targets to sources; left
-    out, they are the assignment's.  All values are in percent.
+    rows is a list of (label, records of the results log), which may be empty.  directions maps targets to sources;
+    left out, they are the assignment's.
     """
-    directions = sorted((directions or SOURCE_OF).items())
-    lines, cells = [], []
-    rows = [(label, [record for record in records if (record['target'], record['source']) in directions])
-            for label, records in rows]
-    if not any(records for _, records in rows):
-        raise UserError('no finished run has the settings of the table: --train --resume makes them')
+    lines, cells = [['row', 'source', 'target', 'runs', 'mean', 'spread'] + [f'seed {seed}' for seed in SEEDS]], []
     for label, records in rows:
         cells.append([])
-        for target, source in directions:
+        for target, source in sorted((directions or SOURCE_OF).items()):
             by_seed = {record['seed']: 100 * record['accuracy'] for record in records
                        if (record['source'], record['target']) == (source, target)}
             values = list(by_seed.values())
             mean = rounded(np.mean(values), 2) if values else ''
             spread = rounded(np.std(values, ddof=1), 2) if len(values) > 1 else ''
-            lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], len(values), mean, spread]
+            lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], str(len(values)), mean, spread]
                          + [rounded(by_seed[seed], 2) if seed in by_seed else '' for seed in SEEDS])
             cells[-1].append(mean + f' \u00b1 {spread}' * bool(spread) + f' ({len(values)})' if values else '\u2013')
+    return lines, cells
+
+
+def plot_table(base, title, rows, asked=0, directions=None):
+    """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
+
+    rows and directions are as in table_lines; the labels of the first rows, which the assignment asked for, are bold.
+    """
+    directions = directions or SOURCE_OF
+    if not any(directions.get(record['target']) == record['source'] for _, records in rows for record in records):
+        raise UserError('no finished run has the settings of the table: --train --resume makes them')
+    lines, cells = table_lines(rows, directions)
 
     def write(temporary):
         with open(temporary, 'w', newline='') as file:
-            writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(['row', 'source', 'target', 'runs', 'mean', 'spread']
-                            + [f'seed {seed}' for seed in SEEDS])
-            writer.writerows(lines)
+            csv.writer(file, lineterminator='\n').writerows(lines)
     write_whole(base + '.csv', write)
     figure, axes = new_figure(0.22 * len(rows) + 0.6)
     axes.axis('off')
     table = axes.table(cellText=cells, rowLabels=[label for label, _ in rows], loc='center',
                        cellLoc='center', bbox=[0.42, 0, 0.58, 1],
-                       colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ') for one in directions])
+                       colLabels=[scenario_name(*one).replace(' to ', ' \u2192 ')
+                                  for one in sorted(directions.items())])
     table.auto_set_font_size(False)
     table.set_fontsize(7)
     for (row, _), cell in table.get_celld().items():
@@ -824,6 +828,7 @@ def parse_shared(parser, problem, needs, argv):
             parser.error(f'--{name} is empty: name a file, or leave it out')
     if args.train and args.ckpt is not None and args.ckpt.endswith(('_last.pth', '_last', '.jsonl', '/')):
         parser.error('--ckpt must not end in _last.pth, _last, .jsonl or /: a run needs such names for its own files')
+    _check_used(parser, args)
     if 'target' in args:
         if args.target and args.source == args.target:
             parser.error(f'--source {args.source} is the target: name another domain')
@@ -837,6 +842,24 @@ def parse_shared(parser, problem, needs, argv):
         parser.error('say ' + ' '.join(f'--{name} {name.upper()}' for name in needs) + ', or --train, or --plot')
     args.command = ' '.join(['python3', problem + '.py'] + [shlex.quote(word) for word in words])
     return args
+
+
+def _check_used(parser, args):
+    """Refuse flags that the mode does not use, so that nobody takes a result for what it is not."""
+    labels = 'target' in args and not args.train
+    refused = [] if args.train else [(name, '--train') for name in (
+        'steps', 'resume', 'init', 'lambda_kl', 'augment', 'setting', 'pieces', 'source')]
+    if labels and not args.plot:
+        refused.append(('seed', '--train'))
+    if args.plot:
+        refused += [(name, 'another mode') for name in ('seed', 'n', 'images', 'target', 'batch_size')]
+        if labels:
+            refused.append(('ckpt', 'another mode'))
+    if args.train:
+        refused += [(name, 'another mode') for name in ('n', 'images', 'out')]
+    for name, mode in refused:
+        if getattr(args, name, None) not in (None, False):
+            parser.error(f'--{name} is for {mode}: leave it out' + (f', or add {mode}' if mode == '--train' else ''))
 
 
 def run_command(function, args):

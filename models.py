@@ -687,6 +687,8 @@ class Run(object):
         if self.resumed:
             self.rng.set_state(self.state['rng'])
             torch.set_rng_state(self.state['torch_rng'])
+            if self.device.type == 'cuda' and 'cuda_rng' in self.state:
+                torch.cuda.set_rng_state_all(self.state['cuda_rng'])
             self.start -= self.state['seconds']
             self.state = None              # its memory is needed no more
         elif os.path.exists(self.state_path):
@@ -741,7 +743,8 @@ class Run(object):
             seconds=time.time() - self.start,
             settings=self.settings, facts=self.described, precision=self.precision,
             command=self.command, chosen=self.chosen, log=self.records, rng=self.rng.get_state(),
-            torch_rng=torch.get_rng_state()))
+            torch_rng=torch.get_rng_state(),
+            **{'cuda_rng': torch.cuda.get_rng_state_all()} if self.device.type == 'cuda' else {}))
         write_log(self.base + '_last.jsonl', self.records)
 
     def from_file(self, net, name):

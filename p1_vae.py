@@ -23,7 +23,7 @@ import torch
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_points,
                       embed, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded, run_command,
                       save_figure, save_picture, save_single, split_held_out, to_float, write_text)
-from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, load_net,
+from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, file_sum, load_net,
                     on_device, own_path, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
                     update_average)
 
@@ -121,7 +121,8 @@ def train(args):
             raise UserError(f'{settings["init"]} has a net of other sizes than NET in this script: name another --init')
     vae = run.keep(net=vae).train()
     average = run.keep(average=copy.deepcopy(vae)).eval()
-    run.facts(vae, training_images=len(training), held_out=len(held_out), data=content_sum(faces.images, test.images))
+    run.facts(vae, training_images=len(training), held_out=len(held_out), data=content_sum(faces.images, test.images),
+              **{'init_sum': file_sum(settings['init'])} if settings['init'] and not run.resumed else {})
     # optimizers
     optimizer = run.keep(optimizer=torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10))
     # loop
@@ -186,10 +187,15 @@ def plot(args):
     ckpt = args.ckpt or CKPT
     vae = load_net(VAE, ckpt, PROBLEM, device)[0]
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
+    wanted = test.column(args.attribute) if args.attribute else None
     of_faces, means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, one.images)
                        for one in (faces, test)]
-    attributes = read_attributes(args.attribute, faces, of_faces, test, means)
-    attribute, _, accuracy = attributes[0]
+    attributes = read_attributes(faces, of_faces, test, means)
+    attribute = wanted or attributes[0][0]
+    accuracies = {name: on_test for name, _, on_test in attributes}
+    if attribute not in accuracies:
+        raise UserError(f'some part of the data has no faces with {attribute}, or none without: choose another '
+                        '--attribute')
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     write_text(os.path.join(args.out, 'fig1_1.txt'), f'{vae}\n')
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
@@ -199,26 +205,27 @@ def plot(args):
     write_text(os.path.join(args.out, 'table1_5.csv'), 'attribute,held-out,test\n' + ''.join(
         f'{name},{rounded(100 * on_held_out, 1)},{rounded(100 * on_test, 1)}\n'
         for name, on_held_out, on_test in attributes))
-    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute, accuracy)
+    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute,
+                      accuracies[attribute])
     plot_directions(os.path.join(args.out, 'fig1_6.jpg'), vae, test, means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
     print(f'eight figures and tables are in {args.out}')
 
 
-def read_attributes(wanted, faces, of_faces, test, of_test):
+def read_attributes(faces, of_faces, test, of_test):
     """Say how well a linear classifier reads each attribute from latent means.
 
     faces and test are the FaceImages of training and test, of_faces and of_test (N, latent_dim) their latent means.
     Returns a list of (attribute, accuracy on held-out training faces, accuracy on test faces), the one that is read
-    best on held-out faces first; if an attribute is wanted, that one alone.  The accuracies are balanced, 0 to 1: the
-    mean of those of the faces with and without the attribute.
-    Raises UserError where no attribute has faces with and without it among training, held-out and test faces.
+    best on held-out faces first.  The accuracies are balanced, 0 to 1: the mean of those of the faces with and without
+    the attribute.  Raises UserError where no attribute has faces with and without it among training, held-out and
+    test faces.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
     training, held_out = split_held_out(len(faces.names))
     found = []
-    for name in [test.column(wanted)] if wanted else test.attributes.columns:
+    for name in test.attributes.columns:
         of_name = faces.attribute(name)
         parts = [(of_faces[rows].numpy(), of_name[rows.numpy()]) for rows in (training, held_out)]
         parts.append((of_test.numpy(), test.attribute(name)))
@@ -226,8 +233,8 @@ def read_attributes(wanted, faces, of_faces, test, of_test):
             classifier = LogisticRegression(solver='lbfgs', class_weight='balanced', max_iter=1000).fit(*parts[0])
             found.append([name] + [balanced_accuracy_score(has, classifier.predict(means)) for means, has in parts[1:]])
     if len(test.names) < 10 or not found:
-        raise UserError(f'the figures need ten test faces, and faces with and without {wanted or "some attribute"} in '
-                        'each part of the data: choose another --attribute, or add images')
+        raise UserError('the figures need ten test faces, and faces with and without some attribute in each part of '
+                        'the data: add images')
     return sorted(found, key=lambda one: one[1], reverse=True)
 
 
@@ -316,12 +323,26 @@ def plot_directions(path, vae, test, means, attribute, device):
     save_figure(path, figure)
 
 
+def sweep_of(ckpt):
+    """Return the test records of ckpt and of the runs in checkpoints/p1_lambda/ that started from it, ckpt's first.
+
+    Raises UserError if one of these runs started from another file.
+    """
+    records = [read_log(base_of(ckpt) + '.jsonl')[-1]]
+    for path in sorted(glob.glob(os.path.join(SWEEP, '*.jsonl'))):
+        if path.endswith('_last.jsonl'):
+            continue
+        log = read_log(path)
+        if log[0].get('init_sum', file_sum(ckpt)) != file_sum(ckpt):
+            raise UserError(f'{path} belongs to a run that started from another file than {ckpt}: train it anew with '
+                            f'--init {ckpt}, or delete it')
+        records.append(log[-1])
+    return records
+
+
 def plot_rate_distortion(path, base, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
-    logs = [base + '.jsonl'] + [path for path in sorted(glob.glob(os.path.join(SWEEP, '*.jsonl')))
-                                if not path.endswith('_last.jsonl')]
-    points = sorted((record['kl'], record['mse'], record['lambda_kl'])
-                    for log in logs for record in read_log(log) if record['kind'] == 'test')
+    points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(base + '.pth'))
     figure, axes = new_figure(4.2)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=COLOURS[6],
@@ -356,6 +377,8 @@ def parse_args(argv=None):
     parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
     parser.add_argument('--attribute', help='--plot: colours fig1_5 (the one that the latent space separates best)')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
+    if args.attribute and not args.plot:
+        parser.error('--attribute is for --plot: leave it out, or add --plot')
     if args.lambda_kl is not None and not 0 <= args.lambda_kl < float('inf'):
         parser.error('--lambda_kl must be a number of at least 0')
     return args

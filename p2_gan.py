@@ -480,6 +480,8 @@ def parse_args(argv=None):
     parser.add_argument('--augment', type=float, help='--train: strength of the augmentation, 0 to 1 '
                         f'({DEFAULTS["augment"]:g})')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
+    if args.method and not args.train:
+        parser.error('--method is for --train: leave it out, or add --train')
     if args.augment is not None and not 0 <= args.augment <= 1:
         parser.error('--augment must lie in 0 .. 1')
     return args

@@ -5,15 +5,17 @@ and train the copy on target images to fool a discriminator, which tells its fea
 the source encoder; the classifier does not change.  Differences from the paper, in plain ADDA too: source
 batches draw the ten classes with equal probability, and what is kept is an average of the weights over the
 steps (EMA) with the batch statistics of unlabelled target training images.  Where the discriminator
-alone teaches the encoder, it learns at a fiftieth of the discriminator's rate.  --pieces names what is
-added:
+alone teaches the encoder, it learns at a fiftieth of the discriminator's rate.  The batch norms of the source
+encoder have their learned statistics, those of the target encoder the statistics of each batch, so the
+discriminator may see this difference too.  --pieces names what is added:
 
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
     patches          those backgrounds are pieces of unlabelled target images (needs augment)
     anchor           source labels go on training the target encoder, at its full learning rate; every
                      loss trains the classifier too
-    conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN)
+    conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN), those of
+                     source images too by the classifier that is being trained
     teacher          confident labels that an average of the weights gives to target images train the
                      net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
     diversity        those labels favour digits that the teacher has named too seldom of late, so that
@@ -305,21 +307,9 @@ def shipped(target, **changed):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    found, bounds = rows_of(PROBLEM), rows_of('p3_dann')
-    lower, dann, upper = [bounds.get(name, []) for name in ('source', 'dann_entropy', 'target')]
-    plain, improved, control = [found.get(name, []) for name in ('plain', 'improved', 'improved_' + CONTROL)]
-    plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', [
-        ('lower bound: source only', lower), ('DANN + entropy', dann), ('improved ADDA', improved),
-        ('upper bound: target only', upper), ('improved ADDA, shipped: seed 0', of_seed_0(improved)),
-        ('improved ADDA, before adaptation', with_other_accuracy(improved, 'unadapted_accuracy')),
-        ('improved ADDA, no discriminator', control), ('plain ADDA', plain),
-        ('plain ADDA, before adaptation', with_other_accuracy(plain, 'unadapted_accuracy')),
-        ('improved ADDA, on 500 held-out target images', with_other_accuracy(improved, 'held_out_accuracy'))], asked=4)
-    others = DIRECTIONS['others']
-    plot_table(os.path.join(args.out, 'table4_others'), 'The other directions', [
-        ('lower bound: source only', lower), ('DANN + entropy', dann), ('improved ADDA', improved),
-        ('upper bound: target only', [dict(record, source=others[record['target']]) for record in upper])],
-        directions=others)
+    plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', table_rows('asked'), asked=4)
+    plot_table(os.path.join(args.out, 'table4_others'), 'The other directions', table_rows('others'),
+               directions=DIRECTIONS['others'])
     curves, of_improved, of_plain = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):
         title = scenario_name(target)
@@ -342,6 +332,25 @@ def plot(args):
     plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), of_plain)
     plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), of_improved)
     print(f'twelve figures and tables are in {args.out}')
+
+
+def table_rows(directions):
+    """table4 ('asked') and table4_others ('others'): rows of (label, records of the results logs)."""
+    found, bounds = rows_of(PROBLEM), rows_of('p3_dann')
+    lower, dann, upper = [bounds.get(name, []) for name in ('source', 'dann_entropy', 'target')]
+    plain, improved, control = [found.get(name, []) for name in ('plain', 'improved', 'improved_' + CONTROL)]
+    # an upper bound uses no source, so it is that of every direction
+    upper = [dict(record, source=DIRECTIONS[directions][record['target']]) for record in upper]
+    rows = [('lower bound: source only', lower), ('DANN + entropy', dann), ('improved ADDA', improved),
+            ('upper bound: target only', upper)]
+    if directions == 'others':
+        return rows
+    return rows + [
+        ('improved ADDA, shipped: seed 0', of_seed_0(improved)),
+        ('improved ADDA, before adaptation', with_other_accuracy(improved, 'unadapted_accuracy')),
+        ('improved ADDA, no discriminator', control), ('plain ADDA', plain),
+        ('plain ADDA, before adaptation', with_other_accuracy(plain, 'unadapted_accuracy')),
+        ('improved ADDA, on 500 held-out target images', with_other_accuracy(improved, 'held_out_accuracy'))]
 
 
 def source_seen(data_dir, source, target):
@@ -369,7 +378,7 @@ def plot_learning_curves(path, curves):
     axes[0].set_title('Label loss, source (nats)')
     axes[1].set_title('Accuracy of the discriminator')
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8, linestyle=':')       # chance
-    axes[2].set_title(f'Teacher at least {CONFIDENT:g} sure (share)')
+    axes[2].set_title(f'Labels at least {CONFIDENT:g} sure (share)')
     axes[2].legend(loc='lower right')
     save_figure(path, figure)
 

@@ -4,9 +4,9 @@
     python3 p1_vae.py --plot (p2_gan.py, p3_dann.py, p4_adda.py), if a training is newer than figures/
     python3 report/build.py
 
-No number of a result is typed by hand: values() takes them from the logs in checkpoints/ and from the
-settings in the scripts, and report.typ names them.  A problem without a log of the new data kit has no
-section yet.
+No number of a result is typed by hand: values() takes them from the logs in checkpoints/, from the tables
+(figures/*.csv) that --plot makes of them or measures, and from the settings in the scripts, and report.typ
+names them.  A problem without a log of the new data kit has no section yet.
 """
 import argparse
 import csv
@@ -143,10 +143,7 @@ def vae_values():
     log, linear = read_log(base_of(p1_vae.CKPT) + '.jsonl'), read_log(p1_vae.LINEAR_CODE)
     curve = sorted((record['test_kl'], record['test_mse']) for record in linear)
     test = log[-1]
-    names = [name for name in sorted(os.listdir(p1_vae.SWEEP)) if name.endswith('.jsonl') and '_last' not in name
-             ] if os.path.isdir(p1_vae.SWEEP) else []
-    rows = sorted([read_log(os.path.join(p1_vae.SWEEP, name))[-1] for name in names] + [test],
-                  key=lambda record: record['lambda_kl'])
+    rows = sorted(p1_vae.sweep_of(p1_vae.CKPT), key=lambda record: record['lambda_kl'])
     table = []
     for row in rows:
         of_linear = float(np.interp(row['kl'], *zip(*curve)))

@@ -5,7 +5,7 @@ import torch
 
 import p4_adda
 from datasets import augment_digits, random_patches
-from models import nuclear_norm
+from models import DigitNet, nuclear_norm
 
 
 def test_discriminator_sees_products_of_features_and_probabilities():
@@ -54,6 +54,24 @@ def test_diversity_gives_to_rare_classes_alone():
     uneven = torch.full((10,), 0.1)
     uneven[1], uneven[7] = 0.15, 0.05
     assert p4_adda.diversified(between, uneven)[0].tolist()[1:8:6] == pytest.approx([3 / 7, 4 / 7])
+
+
+def test_teacher_has_the_statistics_of_the_batch_and_no_dropout():
+    torch.manual_seed(0)
+    teacher, images = DigitNet(channels=[4, 6, 8], dropout=0.5).eval(), torch.rand(12, 3, 28, 28)
+    shares = torch.full((10,), 0.1)
+    with torch.no_grad():
+        found = p4_adda.taught(teacher, images, None)
+        diverse = p4_adda.taught(teacher, images, shares)
+        assert not any(part.training for part in teacher.modules())
+        teacher.encoder.train()
+        expected = torch.softmax(teacher(images), 1)
+        teacher.eval()
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert not torch.allclose(found, torch.softmax(teacher(images), 1), atol=1e-3)
+    decay = p4_adda.SHARES_DECAY
+    assert torch.allclose(shares, decay * 0.1 + (1 - decay) * expected.mean(0), atol=1e-6)
+    assert torch.allclose(diverse, p4_adda.diversified(expected, shares), atol=1e-6)
 
 
 def test_nuclear_norm_is_highest_for_sure_and_even_predictions():

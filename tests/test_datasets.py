@@ -373,7 +373,7 @@ def test_unknown_attribute(own_data_dir, tmp_path):
     assert not (tmp_path / 'figures').exists()
 
 
-@pytest.mark.parametrize('value,words', [('yes', ['00040.png', 'Male']), ('1.0', ['--attribute'])])
+@pytest.mark.parametrize('value,words', [('yes', ['00040.png', 'Male']), ('1.0', ['without some attribute'])])
 def test_attribute_that_colours_nothing(own_data_dir, tmp_path, value, words):
     """A word where a number belongs, and an attribute that every face has."""
     path = os.path.join(own_data_dir, 'face', 'test.csv')

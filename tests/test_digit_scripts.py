@@ -420,11 +420,13 @@ def test_bad_checkpoints(script, tmp_path, ckpt, words):
     assert not (tmp_path / 'x.csv').exists()
 
 
+USE = ['--images', 'x', '--target', 'svhn', '--out', 'y.csv']
 WRONG = dict(
-    p3_dann=[['--train', '--setting', 'both'], ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
-    p4_adda=[['--train', '--pieces', 'teachers'], ['--train', '--pieces', 'teacher,,anchor'],
-             ['--train', '--pieces', 'patches'], ['--train', '--pieces', 'diversity'],
-             ['--train', '--pieces', 'anchor,self_training'],
+    p3_dann=[USE + ['--setting', 'source'], ['--train', '--setting', 'both'],
+             ['--train', '--augment', 'nan'], ['--train', '--augment', '2']],
+    p4_adda=[USE + ['--pieces', 'none'], ['--train', '--pieces', 'teachers'],
+             ['--train', '--pieces', 'teacher,,anchor'], ['--train', '--pieces', 'patches'],
+             ['--train', '--pieces', 'diversity'], ['--train', '--pieces', 'anchor,self_training'],
              ['--train', '--pieces', 'augment,no_discriminator']])
 
 
@@ -434,7 +436,9 @@ def test_wrong_flags(script, tmp_path):
             ['--train', '--target', 'usps', '--source', 'usps'], ['--train', '--source', 'usps'],
             ['--train', '--ckpt', 'x.pth'], ['--train', '--target', 'usps', '--directions', 'others'],
             ['--plot', '--directions', 'others'], ['--images', 'x', '--target', 'usps'], ['--train', '--steps', '0'],
-            ['--train', '--seed', '-1'], ['--train', '--batch_size', str(2 ** 31)]] + WRONG[script.problem]
+            ['--train', '--seed', '-1'], ['--train', '--batch_size', str(2 ** 31)], ['--plot', '--ckpt', 'x.pth'],
+            ['--plot', '--target', 'usps'], ['--train', '--images', 'x'], ['--train', '--out', 'x.pth'],
+            USE + ['--seed', '1'], USE + ['--source', 'usps'], USE + ['--resume']] + WRONG[script.problem]
     result = run(['python3', script.program], cwd=tmp_path)
     assert_one_line(result, script.problem + '.py: error: say --images IMAGES --target TARGET --out OUT', code=2)
     for flags, (code, stderr) in zip(rows, refusals(script.problem, rows, tmp_path)):

@@ -179,15 +179,18 @@ def test_bad_checkpoints(script, tmp_path, arguments, words):
 
 
 WRONG = dict(
-    p1=[['--train', '--lambda_kl', 'nan'], ['--train', '--lambda_kl', '-1']],
+    p1=[['--train', '--lambda_kl', 'nan'], ['--train', '--lambda_kl', '-1'], ['--plot', '--lambda_kl', '1'],
+        ['--train', '--attribute', 'Male']],
     p2=[['--train', '--method', 'vae'], ['--train', '--augment', '2'], ['--train', '--augment', '-1'],
-        ['--train', '--augment', 'nan']])
+        ['--train', '--augment', 'nan'], ['--plot', '--method', 'r1'], ['--plot', '--augment', '1']])
 
 
 def test_wrong_flags(script, tmp_path):
     """One through the real command line, and the others in one process."""
     rows = [['--train', '--plot'], ['--out', 'x.png', '--n', '0'], ['--out', 'x.png', '--seed', '-1'], ['--nonsense'],
-            ['--out', 'x.png', '--device', 'tpu'], ['--out', 'x.png', '--ckpt', '']] + WRONG[script.problem[:2]]
+            ['--out', 'x.png', '--device', 'tpu'], ['--out', 'x.png', '--ckpt', ''],
+            ['--out', 'x.png', '--steps', '9'], ['--out', 'x.png', '--resume'], ['--plot', '--seed', '1'],
+            ['--plot', '--n', '3'], ['--train', '--n', '3'], ['--train', '--out', 'x.pth']] + WRONG[script.problem[:2]]
     result = run(['python3', script.program], cwd=tmp_path)
     assert_one_line(result, script.problem + '.py: error: say --out OUT', code=2)
     for flags, (code, stderr) in zip(rows, refusals(script.problem, rows, tmp_path)):

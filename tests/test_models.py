@@ -101,6 +101,9 @@ def test_measure_against_a_plain_sum():
         assert found['mse'] == pytest.approx(((vae.decoder(mean) - x) ** 2).mean().item(), rel=1e-5)
         assert found['kl'] == pytest.approx(
             p1_vae.kl_divergence(mean, log_variance).mean().item(), rel=1e-5)
+        noise = torch.from_numpy(np.random.RandomState(0).standard_normal((5, 6)).astype(np.float32))
+        draw = vae.decoder(mean + (log_variance / 2).exp() * noise)
+        assert found['reconstruction'] == pytest.approx(((draw - x) ** 2).mean().item(), rel=1e-5)
     assert found == p1_vae.measure(vae, images, CPU)
 
 
@@ -143,6 +146,16 @@ def test_average_follows_its_formula(make, inputs, updates, decay):
         new = net.state_dict()[name]
         expected = decay * before[name] + (1 - decay) * new if value.is_floating_point() else new
         assert torch.allclose(value.float(), expected.float(), atol=1e-6), name
+
+
+def test_least_score_is_chosen_and_the_first_of_equal_ones():
+    run, net = models.Run.__new__(models.Run), torch.nn.Linear(1, 1)
+    run.chosen = None
+    for run.step, score in enumerate((3.0, 1.0, 2.0, 1.0), 1):
+        with torch.no_grad():
+            net.weight.fill_(run.step)
+        run.choose(score, net)
+    assert run.chosen['step'] == 2 and run.chosen['score'] == 1 and run.chosen['net']['weight'].item() == 2
 
 
 def test_precision_and_autocast():

@@ -19,7 +19,7 @@ import p2_gan
 import p3_dann
 import p4_adda
 import models
-from datasets import read_digits, to_float
+from datasets import read_digits, split_held_out, to_float
 from models import load_checkpoint, save_checkpoint, with_statistics
 
 # the real programs with small nets that log and save often
@@ -174,6 +174,18 @@ def test_rule_of_choice(trainer, unbroken):
     assert records(unbroken, 'test')[0]['chosen_step'] == least['step']
 
 
+def test_kl_of_the_vae_counts_in_its_training(data_dir, tmp_path):
+    """With a large weight the latent code says hardly anything; without one it says much."""
+    found = []
+    for weight in ('0', '1'):
+        ckpt = tmp_path / (weight + '.pth')
+        command = Trainer('p1_vae').command(data_dir, ckpt, '--steps', '60', '--lambda_kl', weight, every=60)
+        command[2] = command[2].replace('program.main()', 'program.KL_WARM_UP = 1; program.main()')
+        assert run(command, OMP_NUM_THREADS='1').returncode == 0
+        found.append(records(ckpt, 'train')[-1]['kl'])
+    assert found[1] < 0.3 * found[0]
+
+
 def test_training_of_the_vae_lowers_its_loss(data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
     assert Trainer('p1_vae').train(data_dir, ckpt, '--steps', '200', every=100).returncode == 0
@@ -202,6 +214,47 @@ def test_each_net_of_the_gan_learns_against_one_that_stays(data_dir, tmp_path, m
         assert last['real'] - last['fake'] > 2 * abs(first['real'] - first['fake'])
     else:                                  # with rates of 0 it moves by a hundredth
         assert last['fake'] > first['fake'] + 0.1
+
+
+# the weight of what the encoder does against the discriminator, and what shows that it does
+ADVERSARIES = dict(p3_dann=('REVERSAL', 'domain_accuracy', []),
+                   p4_adda=('ADVERSARIAL', 'fooling_loss', ['--pieces', 'anchor']))
+
+
+@pytest.mark.parametrize('name', DIGITS)
+def test_encoder_works_against_the_discriminator(data_dir, tmp_path, name):
+    """An encoder that works with it, by a weight of the other sign, lets it tell the domains apart better."""
+    constant, scalar, flags = ADVERSARIES[name]
+    found, weights = [], []
+    for weight in (5.0, -5.0):
+        ckpt = tmp_path / f'{weight}.pth'
+        command = Trainer(name).command(data_dir, ckpt, '--steps', '120', *flags, every=120)
+        command[2] = command[2].replace('program.main()', f'program.{constant} = {weight}; program.main()')
+        result = run(command, OMP_NUM_THREADS='1')
+        assert result.returncode == 0, result.stderr
+        found.append(sum(record[scalar] for record in records(ckpt, 'train')[-40:]) / 40)
+        weights.append(Trainer(name).state(ckpt)['discriminator'])
+    assert found[0] < 0.95 * found[1]
+    assert not same(*weights)
+
+
+@pytest.mark.parametrize('name,flags,seen', [
+    ('p3_dann', ['--setting', 'dann'], 'mnistm'), ('p3_dann', ['--setting', 'source'], 'usps'),
+    ('p4_adda', ['--pieces', 'normalise'], 'mnistm')])
+def test_statistics_are_those_of_the_domain(data_dir, tmp_path, name, flags, seen):
+    """Of the target for adapted nets, of the source for the lower bound."""
+    trainer, ckpt = Trainer(name), tmp_path / 'run.pth'
+    augment = ['--augment', '0'] if name == 'p3_dann' else []
+    result = trainer.train(data_dir, ckpt, '--steps', '12', *(flags + augment))
+    assert result.returncode == 0, result.stderr
+    net, _ = models.load_net(models.DigitNet, str(ckpt), name, torch.device('cpu'))
+    before = {key: value.clone() for key, value in net.state_dict().items() if 'running' in key}
+    for domain in ('mnistm', 'usps'):
+        images = read_digits(data_dir, domain, 'train').images
+        rows = split_held_out(len(images))[0]
+        renewed = with_statistics(net, to_float(images[rows]), torch.device('cpu')).state_dict()
+        close = all(torch.allclose(value, renewed[key], rtol=1e-3, atol=1e-5) for key, value in before.items())
+        assert close == (domain == seen), domain
 
 
 def test_same_seed_same_weights_another_seed_others(trainer, data_dir, tmp_path, unbroken):
