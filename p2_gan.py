@@ -337,15 +337,14 @@ def plot(args):
 
 
 def plot_learning_curves(path, log):
-    """fig2_3: losses, outputs of the discriminator and held-out score over the images seen."""
+    """fig2_3: losses without the penalty, outputs of the discriminator and held-out score over the images seen.
+
+    The outputs are for augmented images and, with a logistic loss, before a sigmoid.
+    """
     settings = log[0]['settings']
     figure, axes = new_figure(2.6, columns=3)
-    penalty = ', without the penalty' if settings['method'] in PENALTIES else ''
-    curves = ((0, 'train', (('discriminator_loss', 'discriminator' + penalty),
-                            ('generator_loss', 'generator'))),
-              (1, 'train', (('real', 'training faces'),
-                            ('held_out', 'held-out faces, mean of ten batches'),
-                            ('fake', 'drawn faces'))),
+    curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
+              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'), ('fake', 'drawn faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
     for index, kind, lines in curves:
         records = [record for record in log if record['kind'] == kind]
@@ -356,15 +355,12 @@ def plot_learning_curves(path, log):
                 points[:, 1] = [points[max(0, end - 10):end, 1].mean()
                                 for end in range(1, len(points) + 1)]
             axes[index].plot(*points.T, color=colour, label=label, linewidth=0.7)
-        axes[index].set_xlabel('training images seen (thousands)')
+        axes[index].set_xlabel('images seen (thousands)')
         axes[index].grid(True)
         axes[index].legend()
-    axes[0].set(title=f'Losses ({settings["method"]})', ylabel=f'mean over {LOG_EVERY} steps')
-    sigmoid = ', before a sigmoid' if METHODS[settings['method']]['loss'] == 'logistic' else ''
-    axes[1].set(title='Output of the discriminator' + sigmoid,
-                ylabel='mean score of augmented images')
-    axes[2].set(title='Frechet distance to held-out faces', yscale='log',
-                ylabel="in latent means of problem 1's VAE")
+    axes[0].set(title=f'Losses of {settings["method"]}', ylabel=f'mean over {LOG_EVERY} steps')
+    axes[1].set(title='Output of the discriminator', ylabel='mean score')
+    axes[2].set(title='Held-out score', yscale='log', ylabel='Frechet distance')
     axes[2].yaxis.set_major_formatter('{x:g}')
     axes[2].yaxis.set_minor_formatter('{x:g}')
     save_figure(path, figure)
@@ -454,13 +450,13 @@ def plot_methods(path, scores, real):
         (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
          else make_grid(real, COLUMNS))[:-2] for record in scores])
     # to the left of the faces white for the columns
-    columns = ((0, 'left', 'faces', '{label}'), (300, 'right', 'images seen', '{images:,}'),
-               (385, 'right', 'own score', '{own}'), (450, 'right', 'clear', '{clear}'),
-               (530, 'right', 'frechet', '{frechet}'), (605, 'right', 'nearest', '{nearest}'))
+    columns = ((0, 'left', 'faces', '{label}'), (400, 'right', 'images seen', '{images:,}'),
+               (530, 'right', 'own score', '{own}'), (610, 'right', 'clear', '{clear}'),
+               (710, 'right', 'frechet', '{frechet}'), (810, 'right', 'nearest', '{nearest}'))
     scores = [dict(record, **{name: rounded(record[name], places) for name, places in (
         ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
-    figure, axes = new_figure(0.38 * len(scores) + 0.5)
-    draw_pixels(axes, np.concatenate([np.full((len(strips), 610, 3), 255, np.uint8), strips], 1))
+    figure, axes = new_figure(0.32 * len(scores) + 0.5)
+    draw_pixels(axes, np.concatenate([np.full((len(strips), 820, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, weight='bold')
         for index, record in enumerate(scores):
