@@ -556,7 +556,7 @@ def save_figure(path, figure):
         with Image.open(temporary) as picture:
             picture = picture.convert('RGB')
         if path.endswith('.jpg'):
-            picture.save(temporary, 'JPEG', quality=90, subsampling=0)
+            picture.save(temporary, 'JPEG', quality=80)
         else:
             picture.quantize(256).save(temporary, 'PNG', optimize=True)
     figure.tight_layout()

@@ -183,8 +183,8 @@ def gan_values():
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
     shipped = counts.get(rows['p2_gan']['sha256'])
-    counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} faces '
-               f'broken, by this rule: {shipped["rule"]}.') if shipped else ''
+    counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
+               f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
