@@ -186,6 +186,7 @@ def gan_values():
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
                f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
+                **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
                 learning_rate=f'{p2_gan.METHODS[settings["method"]]["learning_rates"][0]:g}',

@@ -83,6 +83,9 @@ def results():
         drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
         found = ' and '.join(f'{rounded(drawn[name], places)} (real faces: {rounded(real[name], places)})'
                              for name, places in (('clear', 3), ('frechet', 1)))
+        counts = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
+        for count in [count for count in counts if count.get('sha256') == drawn['sha256']]:
+            found += f', broken: {count["broken"]} of {count["faces"]}'
     lines.append('| GAN | share of drawn faces that dlib sees clearly, and distance of its descriptors to test faces '
                  f'| {found} | no such score |')
     found = NOT_YET
