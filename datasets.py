@@ -347,7 +347,7 @@ def to_float(images):
 def random_flip(images, rng):
     """Mirror each of (N, 3, H, W) images left to right with probability 1/2."""
     flip = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
-    return torch.where(flip, images.flip(3), images)
+    return torch.where(flip.to(images.device), images.flip(3), images)
 
 
 def augment_digits(images, strength, rng, backgrounds=None):

@@ -129,7 +129,7 @@ def train(args):
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch
         rows = torch.randint(len(training), (run.batch_size,), generator=rng)
-        x = on_device(random_flip(to_float(training[rows]), rng), device)
+        x = on_device(random_flip(to_float(training[rows].to(device)), rng), device)
         noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
         # update: reconstruction + lambda_KL KL
         learning_rate = cosine_rate(step, run.last_step, LEARNING_RATE, LEARNING_RATE_WARM_UP)

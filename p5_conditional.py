@@ -226,7 +226,7 @@ def build(**config):
 def next_batch(run, images, labels, training):
     """Return random images, in [-1, 1] and on the run's device, and their labels; half of the faces are mirrored."""
     rows = training[torch.randint(len(training), (run.batch_size,), generator=run.rng)]
-    x = 2 * to_float(images[rows]) - 1
+    x = 2 * to_float(images[rows].to(run.device)) - 1
     if run.settings['data'] == 'faces':
         x = random_flip(x, run.rng)
     return on_device(x, run.device), labels[rows].to(run.device)
