@@ -675,8 +675,8 @@ class Run(object):
                                     'the files of that start, or delete it to start anew')
         else:
             self.records.append(dict(
-                kind='run', command=self.command, settings=self.settings, device=self.device.type,
-                precision=self.precision, threads=torch.get_num_threads(), torch=str(torch.__version__), **gpu, **facts))
+                gpu, kind='run', command=self.command, settings=self.settings, device=self.device.type,
+                precision=self.precision, threads=torch.get_num_threads(), torch=str(torch.__version__), **facts))
         self.described = facts
 
     def steps(self, log_every, save_every):

@@ -23,8 +23,8 @@ penalty.
 
 Rule of choice: of the averages saved during the run, the one with the least Frechet distance to 500
 held-out training faces, between the means that problem 1's encoder gives them.  The test faces are
-measured at the end of --train, from the file that was chosen.  The default method, r1, is taken from a trial
-outside this repository; the methods are still to be compared here.
+measured at the end of --train, from the file that was chosen.  The default method, r1, was set after a trial
+outside this repository; of the six methods, trained here on equally many images, it also has the least distance.
 """
 import copy
 import math

@@ -44,7 +44,8 @@ def training(log):
                 steps=rounded(last['step'], 0),
                 epochs=rounded(images / run['training_images'], 0) if 'training_images' in run else '',
                 batch=rounded(run['settings']['batch_size'], 0), parameters=rounded(run['parameters'] / 1e6, 2),
-                threads={1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores'),
+                machine=(f'a GPU ({run["gpu"]})' if 'gpu' in run else
+                         {1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores')),
                 **{name: rounded(run[name], 0) for name in ('training_images', 'held_out') if name in run})
 
 

@@ -119,7 +119,7 @@ TRAININGS = (('p1_vae.py --train', 'p1_vae', 'the VAE'), ('p2_gan.py --train', '
 
 
 def trainings():
-    """The commands of README.md, with the time of a shipped run: minutes times cores."""
+    """The commands of README.md, with the time and the machine of a shipped run."""
     lines = ['| command | trains | time |', '| --- | --- | --- |']
     for command, name, what in TRAININGS:
         minutes = ''
@@ -127,8 +127,9 @@ def trainings():
             run = one(log_of(name), kind='run')
             last = [record for record in log_of(name) if record['kind'] == 'train'][-1]
             images = last['step'] * run['settings']['batch_size']
-            minutes = f'{rounded(images / last["images_per_second"] / 60, 0)} minutes on {run["threads"]} CPU core'
-            minutes += 's' * (run['threads'] > 1)
+            machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
+            machine = f'a GPU ({run["gpu"]})' if 'gpu' in run else machine
+            minutes = f'{rounded(images / last["images_per_second"] / 60, 0)} minutes on {machine}'
         lines.append(f'| `python3 {command}` | {what} | {minutes or (NOT_YET if name else "")} |')
     return '\n'.join(lines) + '\n'
 
