@@ -361,6 +361,9 @@ def plot_learning_curves(path, log):
         axes[index].legend()
     axes[0].set(title=f'Losses of {settings["method"]}', ylabel=f'mean over {LOG_EVERY} steps')
     axes[1].set(title='Output of the discriminator', ylabel='mean score')
+    low, high = axes[1].get_ylim()
+    axes[1].set_ylim(low, high + 0.45 * (high - low))      # room for the legend
+    axes[1].legend(loc='upper left')
     axes[2].set(title='Held-out score', yscale='log', ylabel='Frechet distance')
     axes[2].yaxis.set_major_formatter('{x:g}')
     axes[2].yaxis.set_minor_formatter('{x:g}')
@@ -421,9 +424,9 @@ def plot_progress(path, checkpoint, last):
     figure, axes = new_figure(0.75 * len(progress) + 0.4)
     draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
     for index, (step, _) in enumerate(progress):
-        axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"]:,}', ha='right',
+        axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"] / 1000:,.0f}', ha='right',
                   va='center')
-    axes.set_title('The same eight noise vectors after so many training images (averaged weights)')
+    axes.set_title('The same eight noise vectors after so many thousand training images (averaged weights)')
     save_figure(path, figure)
 
 

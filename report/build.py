@@ -183,10 +183,14 @@ def gan_values():
     methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
+    of_methods = {row['what'].split('/')[1]: dict(own=rounded(row['own'], 2), frechet=rounded(row['frechet'], 1),
+                                                  images=rounded(row['images'], 0))
+                  for row in scored if '/' in row['what']}
     shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
                f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
+                of_methods=of_methods, own=rounded(rows['p2_gan']['own'], 2),
                 **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
