@@ -458,11 +458,11 @@ def plot_sampling(path, net, device):
     with torch.no_grad(), repeatable():
         _, expected = denoise(lambda x, step: guided_noise(net, x, step, label, GUIDANCE),
                               torch.from_numpy(noise).to(device), SAMPLING_STEPS, MOMENTS)
-    figure, axes = new_figure(1.5)
+    figure, axes = new_figure(1.8)
     draw_pixels(axes, make_grid(to_uint8(to_unit(torch.cat(expected)).cpu()), len(MOMENTS)))
     for index, moment in enumerate(MOMENTS):
         axes.text(16 + 30 * index, -3, f'step {moment}', ha='center')
-    axes.set_title(f'The first 0 as it is expected after some of {SAMPLING_STEPS} steps', pad=14)
+    axes.set_title(f'The first 0 as it is expected after some of {SAMPLING_STEPS} steps', pad=18)
     save_figure(path, figure)
 
 
@@ -493,11 +493,10 @@ def plot_scores(path, scores):
 
 
 def plot_learning_curves(path, logs):
-    """fig5_5: the losses over the images seen."""
+    """fig5_5: the losses over the images seen; on held-out images that of the averaged weights, all labels told."""
     figure, all_axes = new_figure(2.6, columns=3)
-    ends = dict(diffusion=', held-out\n(averaged weights, all labels told)')
     for axes, name, title, lines in (
-            (all_axes[0], 'diffusion', 'Diffusion', (('noise_loss', 'error of the noise'),)),
+            (all_axes[0], 'diffusion', 'Diffusion: error of the noise', (('noise_loss', 'training'),)),
             (all_axes[1], 'acgan', 'ACGAN, digits', ACGAN_LINES), (all_axes[2], 'faces', 'ACGAN, faces', ACGAN_LINES)):
         size = logs[name][0]['settings']['batch_size']
         for kind, style in (('train', '-'), ('held_out', '--')):
@@ -506,12 +505,15 @@ def plot_learning_curves(path, logs):
                 points = [(record['step'] * size / 1000, record[scalar]) for record in records if scalar in record]
                 if points:
                     axes.plot(*zip(*points), style, color=colour,
-                              label=label + (ends.get(name, ', held-out') if kind == 'held_out' else ''))
+                              label=label if kind == 'train' else 'held-out')
         axes.set_title(title)
         axes.set(xlabel='images seen (thousands)', yscale='log')
+        if name != 'diffusion':            # room for the legend below the curves
+            low, high = axes.get_ylim()
+            axes.set_ylim(low * (low / high) ** 0.6, high)
         log_axis(axes.yaxis)
         axes.grid(True)
-        axes.legend()
+        axes.legend(loc='upper right' if name == 'diffusion' else 'lower left')
     save_figure(path, figure)
 
 
