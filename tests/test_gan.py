@@ -224,5 +224,5 @@ def test_held_out_score_is_worse_for_worse_faces(monkeypatch):
     images = p2_gan.draw_faces(generator, 200, 5, cpu)
     good = p2_gan.measure(generator, judge, images, cpu)['frechet']
     assert good == p2_gan.measure(generator, judge, images, cpu)['frechet']
-    generator.project.weight.data *= 0.7
+    generator.project.weight.data *= 0.5
     assert p2_gan.measure(generator, judge, images, cpu)['frechet'] > 1.2 * good
