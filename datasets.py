@@ -550,15 +550,15 @@ def new_figure(height, rows=1, columns=1):
 
 
 def save_figure(path, figure):
-    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 256 colours do."""
+    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 64 colours do."""
     def write(temporary):
         figure.savefig(temporary, format='png', dpi=150)
         with Image.open(temporary) as picture:
             picture = picture.convert('RGB')
         if path.endswith('.jpg'):
-            picture.save(temporary, 'JPEG', quality=80)
+            picture.save(temporary, 'JPEG', quality=75, optimize=True)
         else:
-            picture.quantize(256).save(temporary, 'PNG', optimize=True)
+            picture.quantize(64).save(temporary, 'PNG', optimize=True)
     figure.tight_layout()
     write_whole(path, write)
 

@@ -332,7 +332,7 @@ def plot(args):
     plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
-    plot_methods(os.path.join(args.out, 'table2.jpg'), scores,
+    plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS) if os.path.exists(COUNTS) else [],
                  training[split_held_out(len(training))[0][:COLUMNS]])
     print(f'eight figures and tables are in {args.out}')
 
@@ -448,19 +448,25 @@ def plot_walks(path, generator, device):
     save_figure(path, figure)
 
 
-def plot_methods(path, scores, real):
-    """table2: every run that was scored, with eight faces that it draws, or eight real ones (8, 3, 64, 64)."""
+def plot_methods(path, scores, counts, real):
+    """table2: every run that was scored, with eight faces that it draws, or eight real ones (8, 3, 64, 64).
+
+    counts are records of how many of 32 faces a reader called broken; neither they nor scores of real faces have a sum.
+    """
     strips = np.concatenate([
         (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
          else make_grid(real, COLUMNS))[:-2] for record in scores])
+    broken = {record.get('sha256'): record['broken'] for record in counts}
     # to the left of the faces white for the columns
-    columns = ((0, 'left', 'faces', '{label}'), (400, 'right', 'images seen', '{images:,}'),
-               (530, 'right', 'own score', '{own}'), (610, 'right', 'clear', '{clear}'),
-               (710, 'right', 'frechet', '{frechet}'), (810, 'right', 'nearest', '{nearest}'))
-    scores = [dict(record, **{name: rounded(record[name], places) for name, places in (
-        ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
-    figure, axes = new_figure(0.32 * len(scores) + 0.5)
-    draw_pixels(axes, np.concatenate([np.full((len(strips), 820, 3), 255, np.uint8), strips], 1))
+    columns = ((0, 'left', 'faces', '{label}'), (420, 'right', 'images seen', '{images:,}'),
+               (500, 'right', 'own', '{own}'), (600, 'right', 'clear', '{clear}'),
+               (720, 'right', 'frechet', '{frechet}'), (840, 'right', 'nearest', '{nearest}'),
+               (950, 'right', 'broken', '{broken}'))
+    scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
+                   **{name: rounded(record[name], places) for name, places in (
+                       ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
+    figure, axes = new_figure(0.28 * len(scores) + 0.5)
+    draw_pixels(axes, np.concatenate([np.full((len(strips), 970, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, weight='bold')
         for index, record in enumerate(scores):

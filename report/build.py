@@ -169,28 +169,23 @@ def gan_values():
     # real faces have no sum
     counts = {record.get('sha256'): record for record in (
         read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else [])}
-    scored = read_log(p2_gan.SAMPLES)
-    rows = {record['what']: record for record in scored}
+    rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
     for what, path in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
         if rows.get(what, {}).get('sha256') != file_sum(path):
             raise UserError(f'{p2_gan.SAMPLES} has no scores of {path}: let tests/benchmark.py samples measure them')
     settings = next(record for record in log if record['kind'] == 'run')['settings']
-    table = [[row['label'], rounded(row['images'], 0) if row['images'] else '', rounded(row['own'], 2),
-              rounded(row['clear'], 3), rounded(row['frechet'], 1), rounded(row['nearest'], 3),
-              str(counts[row.get('sha256')]['broken']) if row.get('sha256') in counts else ''] for row in scored]
     penalties = dict(wgan_gp='norm 1 between real and drawn', wgan_div='small between real and drawn',
                      dragan='norm 1 near real images', r1='small at real images')
     methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
-    of_methods = {row['what'].split('/')[1]: dict(own=rounded(row['own'], 2), frechet=rounded(row['frechet'], 1),
-                                                  images=rounded(row['images'], 0))
-                  for row in scored if '/' in row['what']}
+    of_sngan = read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'sngan.jsonl'))
+    hinge_loss = [record['discriminator_loss'] for record in of_sngan if record['kind'] == 'train'][-1]
     shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
                f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
-    return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), table=table, methods=methods, counted=counted,
-                of_methods=of_methods, own=rounded(rows['p2_gan']['own'], 2),
+    return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), methods=methods, counted=counted,
+                compared_images=training(of_sngan)['images'], hinge_loss=rounded(hinge_loss, 1),
                 **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
