@@ -525,8 +525,8 @@ def plot_pairs(path, net, attribute, scores, device):
     draw_pixels(axes, make_grid(images, 10))
     for row, text in enumerate((f'not {attribute}', attribute)):
         axes.text(-6, 35 + 66 * row, text, ha='right', va='center')
-    text = ''.join(f'\na linear classifier reads what was asked for in {rounded(100 * record["accuracy"], 1)} % of '
-                   '1,000 drawn faces,\nand the attribute in '
+    text = ''.join('\na linear classifier agrees with what was asked for on '
+                   f'{rounded(100 * record["accuracy"], 1)} % of 1,000 drawn faces,\nand with the label on '
                    f'{rounded(100 * record["real_accuracy"], 1)} % of the test faces' for record in found)
     axes.set_title('Pairs of the same noise' + text)
     save_figure(path, figure)

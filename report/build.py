@@ -179,22 +179,25 @@ def gan_values():
     methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
-    of_sngan = read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'sngan.jsonl'))
-    hinge_loss = [record['discriminator_loss'] for record in of_sngan if record['kind'] == 'train'][-1]
+    of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
+    compared = {what.split('/')[1]: {key: rounded(row[key], places) for key, places in (('own', 2), ('frechet', 1))}
+                for what, row in rows.items() if '/' in what}
     shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
                f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), methods=methods, counted=counted,
-                compared_images=training(of_sngan)['images'], hinge_loss=rounded(hinge_loss, 1),
+                compared=compared, of_r1=of_r1,
                 **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
                 learning_rate=f'{p2_gan.METHODS[settings["method"]]["learning_rates"][0]:g}',
-                r1_weight=f'{p2_gan.PENALTIES["r1"]["weight"]:g}', r1_every=str(p2_gan.PENALTIES['r1']['every']),
+                r1_weight=f'{p2_gan.PENALTIES["r1"]["weight"]:g}',
+                sngan_rate=f'{p2_gan.METHODS["sngan"]["learning_rates"][1]:g}',
+                r1_every=str(p2_gan.PENALTIES['r1']['every']),
                 latent=str(p2_gan.NET['latent_dim']), SAVE_EVERY=rounded(p2_gan.SAVE_EVERY, 0),
                 SCORED=rounded(p2_gan.SCORED, 0), **numbers(p2_gan, 'AVERAGE_DECAY'),
                 **{name: {key: rounded(rows[what][key], places) for key, places in (
-                    ('clear', 3), ('frechet', 1), ('nearest', 3))}
+                    ('clear', 3), ('frechet', 1), ('nearest', 3), ('copied', 2), ('copied_least', 2))}
                    for name, what in (('of_vae', 'p1_vae'), ('shipped', 'p2_gan'), ('real', 'real'))})
 
 
