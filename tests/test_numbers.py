@@ -86,8 +86,8 @@ def results():
         counts = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
         for count in [count for count in counts if count.get('sha256') == drawn['sha256']]:
             found += f'; {count["broken"]} of {count["faces"]}'
-    lines.append('| GAN | share of drawn faces that the detector of dlib sees clearly; Frechet distance of its features '
-                 'to test faces, times 1,000; faces that a language model called broken '
+    lines.append('| GAN | share of drawn faces that the detector of dlib sees clearly; Frechet distance of its '
+                 'features to test faces, times 1,000; faces that a language model called broken '
                  f'| {found} | no such score |')
     found = NOT_YET
     if log_of('p5_conditional'):
