@@ -666,7 +666,6 @@ class Run(object):
         A resumed run keeps the record of its start.  Raises UserError if a fact is not what it was then.
         """
         facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
-        gpu = dict(gpu=torch.cuda.get_device_name(self.device)) if self.device.type == 'cuda' else {}
         if self.resumed:
             for name, value in facts.items():
                 if self.state['facts'].get(name) != value:
@@ -674,6 +673,7 @@ class Run(object):
                                     f'{self.state["facts"].get(name)}, and now it is {value}: resume with the data and '
                                     'the files of that start, or delete it to start anew')
         else:
+            gpu = dict(gpu=torch.cuda.get_device_name(self.device)) if self.device.type == 'cuda' else {}
             self.records.append(dict(
                 gpu, kind='run', command=self.command, settings=self.settings, device=self.device.type,
                 precision=self.precision, threads=torch.get_num_threads(), torch=str(torch.__version__), **facts))

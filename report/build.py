@@ -180,8 +180,7 @@ def gan_values():
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
     of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
-    compared = {what.split('/')[1]: {key: rounded(row[key], places) for key, places in (('own', 2), ('frechet', 1))}
-                for what, row in rows.items() if '/' in what}
+    compared = {what.split('/')[1]: rounded(row['frechet'], 1) for what, row in rows.items() if '/' in what}
     shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
                f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''

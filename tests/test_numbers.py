@@ -82,7 +82,7 @@ def results():
     if log_of('p2_gan'):
         drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
         found = '; '.join(f'{rounded(drawn[name], places)} (real faces: {rounded(real[name], places)})'
-                             for name, places in (('clear', 3), ('frechet', 1)))
+                          for name, places in (('clear', 3), ('frechet', 1)))
         counts = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
         for count in [count for count in counts if count.get('sha256') == drawn['sha256']]:
             found += f'; {count["broken"]} of {count["faces"]}'
@@ -115,7 +115,8 @@ TRAININGS = (('p1_vae.py --train', 'p1_vae', 'the VAE'), ('p2_gan.py --train', '
              ('p3_dann.py --train --target svhn', 'p3_dann_svhn', 'one run of DANN + entropy'),
              ('p4_adda.py --train --target svhn', 'p4_adda_svhn', 'one run of improved ADDA'),
              ('p3_dann.py --train --resume', None, 'the table of problem 3, run after run; p4_adda.py likewise'),
-             ('p4_adda.py --train --resume --directions others', None, 'the other directions; p3_dann.py likewise'),
+             ('p4_adda.py --train --resume --directions others', None,
+              'three more pairs of domains; p3_dann.py likewise'),
              ('p5_conditional.py --train', 'p5_conditional', 'the diffusion model'))
 
 
