@@ -344,7 +344,7 @@ def sweep_of(ckpt):
 def plot_rate_distortion(path, base, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
     points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(base + '.pth'))
-    figure, axes = new_figure(4.2)
+    figure, axes = new_figure(3.6)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=COLOURS[6],
               label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')

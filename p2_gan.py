@@ -364,9 +364,7 @@ def plot_learning_curves(path, log):
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(low, high + 0.45 * (high - low))      # room for the legend
     axes[1].legend(loc='upper left')
-    axes[2].set(title='Held-out score', yscale='log', ylabel='Frechet distance')
-    axes[2].yaxis.set_major_formatter('{x:g}')
-    axes[2].yaxis.set_minor_formatter('{x:g}')
+    axes[2].set(title='Held-out score', ylabel='Fréchet distance')
     save_figure(path, figure)
 
 
@@ -375,7 +373,7 @@ def score_of(path, scores):
     found = [record for record in scores if record.get('sha256') == file_sum(path)]
     if not found:
         return 'not scored'
-    return 'clear {}, frechet {}, nearest {}'.format(*[rounded(found[0][name], places) for name, places in (
+    return 'clear {}, Fréchet {}, nearest {}'.format(*[rounded(found[0][name], places) for name, places in (
         ('clear', 3), ('frechet', 1), ('nearest', 3))])
 
 
@@ -460,7 +458,7 @@ def plot_methods(path, scores, counts, real):
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (420, 'right', 'images seen', '{images:,}'),
                (500, 'right', 'own', '{own}'), (600, 'right', 'clear', '{clear}'),
-               (720, 'right', 'frechet', '{frechet}'), (840, 'right', 'nearest', '{nearest}'),
+               (720, 'right', 'Fréchet', '{frechet}'), (840, 'right', 'nearest', '{nearest}'),
                (950, 'right', 'broken', '{broken}'))
     scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
                    **{name: rounded(record[name], places) for name, places in (

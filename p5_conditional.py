@@ -476,7 +476,7 @@ def plot_scores(path, scores):
             ('sampling_steps', 'guidance', GUIDANCE, f'steps of sampling (guidance {GUIDANCE:g})'))):
         records = sorted((record for record in drawn if record[fixed] == value), key=lambda record: record[flag])
         for row, (name, label, scale) in enumerate((('accuracy', 'accuracy (%)', 100),
-                                                    ('frechet', 'Frechet distance', 1))):
+                                                    ('frechet', 'Fréchet distance', 1))):
             axes = all_axes[row][column]
             axes.plot([record[flag] for record in records], [scale * record[name] for record in records], 'o-',
                       color=COLOURS[0], label='diffusion')
@@ -536,7 +536,7 @@ def plot_results(base, scores):
     """table5.png and .csv: every setting that was scored on 1,000 drawn digits, and real digits."""
     rows = [record for record in scores if record['kind'] == 'digits']
     columns = (('digits', '{label}'), ('sampling steps', '{sampling_steps}'), ('guidance', '{guidance}'),
-               ('accuracy (%)', '{accuracy}'), ('Frechet distance', '{frechet}'),
+               ('accuracy (%)', '{accuracy}'), ('Fréchet distance', '{frechet}'),
                ('distance to the nearest training digit: mean', '{nearest}'),
                ('lowest percentile of these', '{nearest_least}'), ('images per second', '{speed}'))
     cells = [[form.format(**dict(
@@ -546,7 +546,7 @@ def plot_results(base, scores):
         for record in rows]
 
     def write(temporary):
-        with open(temporary, 'w', newline='') as file:
+        with open(temporary, 'w', newline='', encoding='utf8') as file:
             writer = csv.writer(file, lineterminator='\n')
             writer.writerow([title for title, _ in columns])
             writer.writerows(cells)

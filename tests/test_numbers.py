@@ -5,6 +5,7 @@
 With HW3_DATA set to a data folder, the shipped weights are measured again on its test images.
 """
 import csv
+import glob
 import json
 import os
 import sys
@@ -86,7 +87,7 @@ def results():
         counts = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
         for count in [count for count in counts if count.get('sha256') == drawn['sha256']]:
             found += f'; {count["broken"]} of {count["faces"]}'
-    lines.append('| GAN | share of drawn faces that the detector of dlib sees clearly; Frechet distance of its '
+    lines.append('| GAN | share of drawn faces that the detector of dlib sees clearly; Fréchet distance of its '
                  'features to test faces, times 1,000; faces that a language model called broken '
                  f'| {found} | no such score |')
     found = NOT_YET
@@ -110,29 +111,46 @@ def results():
     return '\n'.join(lines) + '\n'
 
 
-# command, log of a run, and what is trained
-TRAININGS = (('p1_vae.py --train', 'p1_vae', 'the VAE'), ('p2_gan.py --train', 'p2_gan', 'the GAN'),
-             ('p3_dann.py --train --target svhn', 'p3_dann_svhn', 'one run of DANN + entropy'),
-             ('p4_adda.py --train --target svhn', 'p4_adda_svhn', 'one run of improved ADDA'),
-             ('p3_dann.py --train --resume', None, 'the table of problem 3, run after run; p4_adda.py likewise'),
-             ('p4_adda.py --train --resume --directions others', None,
-              'three more pairs of domains; p3_dann.py likewise'),
-             ('p5_conditional.py --train', 'p5_conditional', 'the diffusion model'))
+# command, logs of its runs below checkpoints/, directions if they are a table's, and what is trained
+TRAININGS = (('p1_vae.py --train', ('p1_vae',), None, 'the VAE'), ('p2_gan.py --train', ('p2_gan',), None, 'the GAN'),
+             ('p3_dann.py --train --target svhn', ('p3_dann_svhn',), None, 'one run of DANN + entropy'),
+             ('p4_adda.py --train --target svhn', ('p4_adda_svhn',), None, 'one run of improved ADDA'),
+             ('p3_dann.py --train --resume', ('p3_dann_*', 'p3_runs/*/*'), 'asked', 'the table of problem 3'),
+             ('p4_adda.py --train --resume', ('p4_adda_*', 'p4_runs/*/*'), 'asked', 'the table of problem 4'),
+             ('p3_dann.py --train --resume --directions others', ('p3_runs/*/*',), 'others',
+              'three more pairs of domains'),
+             ('p4_adda.py --train --resume --directions others', ('p4_runs/*/*',), 'others',
+              'the same by improved ADDA'),
+             ('p5_conditional.py --train', ('p5_conditional',), None, 'the diffusion model'))
+
+
+def training_time(patterns, directions):
+    """How long the runs took whose logs match the patterns, and on which machine: a text."""
+    paths = sorted(path for pattern in patterns for path in glob.glob(os.path.join(CHECKPOINTS, pattern + '.jsonl'))
+                   if not path.endswith('_last.jsonl'))
+    minutes, machines = [], set()
+    for log in map(read_log, paths):
+        run = one(log, kind='run')
+        settings = run['settings']
+        if directions and (settings['target'], settings['source']) not in DIRECTIONS[directions].items():
+            continue
+        last = [record for record in log if record['kind'] == 'train'][-1]
+        minutes.append(last['step'] * settings['batch_size'] / last['images_per_second'] / 60)
+        machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
+        machines.add(f'a GPU ({run["gpu"]})' if 'gpu' in run else machine)
+    if not minutes:
+        return NOT_YET
+    machine = ' or '.join(sorted(machines))
+    if directions:
+        return f'{len(minutes)} runs, together {rounded(sum(minutes) / 60, 1)} hours on {machine}'
+    return f'{rounded(minutes[0], 0)} minutes on {machine}'
 
 
 def trainings():
-    """The commands of README.md, with the time and the machine of a shipped run."""
+    """The commands of README.md, with the time and the machine of the shipped runs."""
     lines = ['| command | trains | time |', '| --- | --- | --- |']
-    for command, name, what in TRAININGS:
-        minutes = ''
-        if name and log_of(name):
-            run = one(log_of(name), kind='run')
-            last = [record for record in log_of(name) if record['kind'] == 'train'][-1]
-            images = last['step'] * run['settings']['batch_size']
-            machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
-            machine = f'a GPU ({run["gpu"]})' if 'gpu' in run else machine
-            minutes = f'{rounded(images / last["images_per_second"] / 60, 0)} minutes on {machine}'
-        lines.append(f'| `python3 {command}` | {what} | {minutes or (NOT_YET if name else "")} |')
+    lines += [f'| `python3 {command}` | {what} | {training_time(patterns, directions)} |'
+              for command, patterns, directions, what in TRAININGS]
     return '\n'.join(lines) + '\n'
 
 
@@ -206,10 +224,10 @@ def samples():
     """Scores of 1,000 drawn faces of each run of problem 2."""
     if not log_of('p2_gan'):
         return ['', 'The GAN is not measured yet.']
-    lines = ['', '1,000 faces of each, against the test faces. Own score: Frechet distance of the latent means of '
-             'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Frechet and nearest: distance '
+    lines = ['', '1,000 faces of each, against the test faces. Own score: Fréchet distance of the latent means of '
+             'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Fréchet and nearest: distance '
              'of dlib\'s face descriptors to the test faces as a whole, and to the nearest of them.', '',
-             '| faces | images seen | own score | clear | Frechet | nearest |', '| --- | --- | --- | --- | --- | --- |']
+             '| faces | images seen | own score | clear | Fréchet | nearest |', '| --- | --- | --- | --- | --- | --- |']
     return lines + [f'| {record["label"]} | {record["images"]:,} | {rounded(record["own"], 2)} '
                     f'| {rounded(record["clear"], 3)} | {rounded(record["frechet"], 1)} '
                     f'| {rounded(record["nearest"], 3)} |' for record in read_log(p2_gan.SAMPLES)]
