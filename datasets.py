@@ -529,6 +529,7 @@ MARKERS = 'o^sDvP*'
 
 
 FIGURE_WIDTH = 6.5           # inches, at which the report prints figures; their letters have 7 to 9 points
+MARGIN = 8                   # white rows of pixels above and below a figure
 
 
 def new_figure(height, rows=1, columns=1):
@@ -550,11 +551,16 @@ def new_figure(height, rows=1, columns=1):
 
 
 def save_figure(path, figure):
-    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 64 colours do."""
+    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 64 colours do.
+
+    It keeps its width, but white rows above and below it are cut off.
+    """
     def write(temporary):
         figure.savefig(temporary, format='png', dpi=150)
         with Image.open(temporary) as picture:
             picture = picture.convert('RGB')
+        _, top, _, bottom = ImageOps.invert(picture).getbbox()
+        picture = picture.crop((0, max(top - MARGIN, 0), picture.width, min(bottom + MARGIN, picture.height)))
         if path.endswith('.jpg'):
             picture.save(temporary, 'JPEG', quality=75, optimize=True)
         else:
@@ -722,7 +728,7 @@ def plot_domains(path, domains):
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(3.5, columns=2)
+    figure, axes = new_figure(3.1, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
                 [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])

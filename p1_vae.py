@@ -308,7 +308,7 @@ def plot_directions(path, vae, test, means, attribute, device):
         walks += [start + direction * times for times in np.linspace(-2, 2, 9)]
         titles.append(name)
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
-    figure, axes = new_figure(6.6, rows=2)
+    figure, axes = new_figure(5.4, rows=2)
     for one, first, ticks, title in (
             (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
              'Straight walks between the latent means of two test faces'),

@@ -383,15 +383,15 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     Near means a small distance between the latent means of problem 1's VAE, over all training faces
     and their mirror images.
     """
-    figure, axes = new_figure(6.6, rows=2)
+    figure, axes = new_figure(5.6, rows=2)
     of_vae = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([part[4 * row:4 * row + 4] for row in range(4) for part in (of_vae, images)])
     draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
-        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center')
+        axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
     axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
     axes[0].set_title('Sixteen faces of each, drawn from N(0, I), not chosen; scores of 1,000 of each '
-                      'against the test faces', pad=14)
+                      'against the test faces', pad=24)
     candidates = torch.cat([training, training.flip(3)])
     distances = torch.cdist(latent_means(judge, images[:8], device),
                             latent_means(judge, candidates, device))
@@ -419,7 +419,7 @@ def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [
         (checkpoint['step'], last)]
-    figure, axes = new_figure(0.75 * len(progress) + 0.4)
+    figure, axes = new_figure(0.56 * len(progress) + 0.4)
     draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
     for index, (step, _) in enumerate(progress):
         axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"] / 1000:,.0f}', ha='right',
@@ -438,7 +438,7 @@ def plot_walks(path, generator, device):
                   for share in np.linspace(0, 1, 9)]
     noise = torch.from_numpy(np.array(walks, np.float32))
     drawn = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
-    figure, axes = new_figure(4.6)
+    figure, axes = new_figure(3.6)
     draw_pixels(axes, make_grid(drawn, 9))
     for index, tick in enumerate(['first'] + [f'{share}/8' for share in range(1, 8)] + ['second']):
         axes.text(35 + 66 * index, -5, tick, ha='center')
