@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_points,
-                      embed, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded, run_command,
-                      save_figure, save_picture, save_single, split_held_out, to_float, write_text)
+                      embed, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded,
+                      run_command, save_figure, save_picture, save_single, split_held_out, to_float, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, file_sum, load_net,
                     on_device, own_path, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
                     update_average)
@@ -210,7 +210,7 @@ def plot(args):
                       accuracies[attribute])
     plot_directions(os.path.join(args.out, 'fig1_6.jpg'), vae, test, means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
-    print(f'nine figures and tables are in {args.out}')
+    print(f'ten figures and tables are in {args.out}')
 
 
 def read_attributes(faces, of_faces, test, of_test):
@@ -254,16 +254,17 @@ def plot_learning_curves(path, log):
                 xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
+    axes[0].yaxis.set_major_formatter('{x:g}')
+    axes[0].yaxis.set_minor_formatter('{x:g}')
+    log_axis(axes[1].yaxis)
     for one in axes:
-        one.yaxis.set_major_formatter('{x:g}')
-        one.yaxis.set_minor_formatter('{x:g}')
         one.grid(True, which='both')
         one.legend()
     save_figure(path, figure)
 
 
 def plot_reconstructions(path, vae, test, means, device):
-    """table1_3: ten test images by a fixed seed, decoded from their means, and each one's MSE."""
+    """table1_3: ten test images by a fixed seed, decoded from their means, and each one's MSE; their mean in a CSV."""
     rows = np.sort(np.random.RandomState(TABLE_SEED).choice(len(test.names), 10, replace=False))
     images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
     errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
@@ -277,6 +278,9 @@ def plot_reconstructions(path, vae, test, means, device):
     axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
                    'MSE per pixel in [0, 1]', pad=14)
     save_figure(path, figure)
+    write_text(os.path.splitext(path)[0] + '.csv', 'image_name,mse\n' + ''.join(
+        f'{name},{rounded(error, 4)}\n' for name, error in
+        [(test.names[row], error) for row, error in zip(rows, errors.tolist())] + [('mean', float(errors.mean()))]))
 
 
 def plot_latent_space(path, means, has_attribute, attribute, accuracy):
@@ -351,9 +355,10 @@ def plot_rate_distortion(path, base, linear):
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
               color=COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
-        axes.annotate(r'$\lambda_{KL}$ = ' + f'{lambda_kl:g}', (kl, mse), xytext=(-4, -16),
-                      textcoords='offset points', color=COLOURS[0], ha='right',
-                      bbox=dict(facecolor='white', edgecolor='none', pad=1.0))
+        # aslant, so that the names of neighbours do not meet
+        axes.annotate(r'$\lambda_{KL}$ = ' + f'{lambda_kl:.1e}', (kl, mse), xytext=(-3, -5),
+                      textcoords='offset points', color=COLOURS[0], ha='right', va='top', rotation=35,
+                      rotation_mode='anchor')
     axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=9,
               label='best public report (ten test faces, trained on 40,000)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',

@@ -321,6 +321,7 @@ def plot(args):
     judge = load_net(VAE, JUDGE, 'p1_vae', device)[0]
     log, scores = read_log(base_of(ckpt) + '.jsonl'), read_log(SAMPLES)
     training = FaceImages(args.data_dir, 'train').images
+    training = training[split_held_out(len(training))[0]]      # as in the training
     images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
     discriminator = Discriminator(**checkpoint['discriminator_config'])
     write_text(os.path.join(args.out, 'fig2_1.txt'), f'{generator}\n{discriminator}\n')
@@ -333,7 +334,7 @@ def plot(args):
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
     plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS) if os.path.exists(COUNTS) else [],
-                 training[split_held_out(len(training))[0][:COLUMNS]])
+                 training[:COLUMNS])
     print(f'eight figures and tables are in {args.out}')
 
 
@@ -345,7 +346,7 @@ def plot_learning_curves(path, log):
     settings = log[0]['settings']
     figure, axes = new_figure(2.6, columns=3)
     curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
-              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'), ('fake', 'drawn faces'))),
+              (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'), ('fake', 'generated faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
     for index, kind, lines in curves:
         records = [record for record in log if record['kind'] == kind]
@@ -360,7 +361,7 @@ def plot_learning_curves(path, log):
         axes[index].grid(True)
         axes[index].legend()
     axes[0].set(title=f'Losses of {settings["method"]}', ylabel=f'mean over {LOG_EVERY} steps')
-    axes[1].set(title='Output of the discriminator', ylabel='mean score')
+    axes[1].set(title='Output of the discriminator', ylabel='mean output')
     low, high = axes[1].get_ylim()
     axes[1].set_ylim(low, high + 0.45 * (high - low))      # room for the legend
     axes[1].legend(loc='upper left')
@@ -390,7 +391,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
         axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
     axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
-    axes[0].set_title('Sixteen faces of each, drawn from N(0, I), not chosen; scores of 1,000 of each '
+    axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen; scores of 1,000 of each '
                       'against the test faces', pad=24)
     candidates = torch.cat([training, training.flip(3)])
     distances = torch.cdist(latent_means(judge, images[:8], device),
@@ -409,7 +410,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     of_drawn, of_held_out = [[record['copied_least'] for record in scores if record.get('sha256') == wanted]
                              for wanted in (file_sum(ckpt), None)]     # real faces have no sum
     if of_drawn and of_held_out:
-        lines.append('Lowest percentile of the distance to the nearest training face: 1,000 drawn faces {}, '
+        lines.append('First percentile of the distance to the nearest one: 1,000 generated faces {}, '
                      'held-out faces {}'.format(rounded(of_drawn[0], 2), rounded(of_held_out[0], 2)))
     axes[1].set_title('\n'.join(lines))
     save_figure(path, figure)
@@ -470,7 +471,7 @@ def plot_methods(path, scores, counts, real):
         for index, record in enumerate(scores):
             text = form.format(**record) if record['images'] or title != 'images seen' else ''
             axes.text(x, 35 + 66 * index, text, ha=side, va='center')
-    axes.set_title('1,000 drawn faces of each against test faces', pad=14)
+    axes.set_title('1,000 generated faces of each against test faces', pad=14)
     save_figure(path, figure)
 
 

@@ -82,7 +82,7 @@ SAVE_EVERY = 1000            # steps
 # the tables: rows of (label, pieces, seeds), for three scenarios each; three seeds of plain and improved ADDA, one
 # of what lies between them; and as controls two of these without the discriminator.  Improved ADDA is trained in
 # the other directions too
-ROWS = tuple(('+ ' + PIECES[count - 1].replace('_', ' ') if count else 'plain ADDA', ','.join(PIECES[:count]),
+ROWS = tuple(('+ ' + PIECES[count - 1].replace('_', '-') if count else 'plain ADDA', ','.join(PIECES[:count]),
               SEEDS if count in (0, len(PIECES)) else SEEDS[:1]) for count in range(len(PIECES) + 1))
 CONTROLS = (('+ anchor, no discriminator', ','.join(PIECES[:PIECES.index('anchor') + 1] + (CONTROL,)), SEEDS[:1]),
             ('improved, no discriminator', ','.join(PIECES + (CONTROL,)), SEEDS))

@@ -507,7 +507,8 @@ def plot_learning_curves(path, logs):
                     axes.plot(*zip(*points), style, color=colour,
                               label=label if kind == 'train' else 'held-out')
         axes.set_title(title)
-        axes.set(xlabel='images seen (thousands)', yscale='log')
+        axes.set(xlabel='images seen (thousands)', yscale='log',
+                 ylabel='mean squared error' if name == 'diffusion' else 'loss (nats)')
         if name != 'diffusion':            # room for the legend below the curves
             low, high = axes.get_ylim()
             axes.set_ylim(low * (low / high) ** 0.6, high)
@@ -526,7 +527,7 @@ def plot_pairs(path, net, attribute, scores, device):
     for row, text in enumerate((f'not {attribute}', attribute)):
         axes.text(-6, 35 + 66 * row, text, ha='right', va='center')
     text = ''.join('\na linear classifier agrees with what was asked for on '
-                   f'{rounded(100 * record["accuracy"], 1)} % of 1,000 drawn faces,\nand with the label on '
+                   f'{rounded(100 * record["accuracy"], 1)} % of 1,000 generated faces,\nand with the label on '
                    f'{rounded(100 * record["real_accuracy"], 1)} % of the test faces' for record in found)
     axes.set_title('Pairs of the same noise' + text)
     save_figure(path, figure)
@@ -538,7 +539,7 @@ def plot_results(base, scores):
     columns = (('digits', '{label}'), ('sampling steps', '{sampling_steps}'), ('guidance', '{guidance}'),
                ('accuracy (%)', '{accuracy}'), ('Fréchet distance', '{frechet}'),
                ('distance to the nearest training digit: mean', '{nearest}'),
-               ('lowest percentile of these', '{nearest_least}'), ('images per second', '{speed}'))
+               ('first percentile of these', '{nearest_least}'), ('images per second', '{speed}'))
     cells = [[form.format(**dict(
         record, accuracy=rounded(100 * record['accuracy'], 1), frechet=rounded(record['frechet'], 1),
         nearest=rounded(record['nearest'], 2), nearest_least=rounded(record['nearest_least'], 2),

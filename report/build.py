@@ -44,6 +44,7 @@ def training(log):
                 steps=rounded(last['step'], 0),
                 epochs=rounded(images / run['training_images'], 0) if 'training_images' in run else '',
                 batch=rounded(run['settings']['batch_size'], 0), parameters=rounded(run['parameters'] / 1e6, 2),
+                precision={'bf16': 'bfloat16', 'fp32': 'float32'}[run['precision']],
                 machine=(f'a GPU ({run["gpu"]})' if 'gpu' in run else
                          {1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores')),
                 **{name: rounded(run[name], 0) for name in ('training_images', 'held_out') if name in run})
@@ -79,6 +80,15 @@ def means():
                     values = values_of(records, target, source, key)
                     found[f'{begin}_{name}{end}'] = rounded(np.mean(values), 1) if values else NOT_YET
     return found
+
+
+def points_left():
+    """Points between the means of DANN + entropy and of the upper bound, as texts."""
+    rows = table_of('p3_dann')
+    both = {target: [values_of(rows.get(name, []), target, source) for name in ('target', 'dann_entropy')]
+            for target, source in SOURCE_OF.items()}
+    return {target: rounded(np.mean(upper) - np.mean(ours), 1) if upper and ours else NOT_YET
+            for target, (upper, ours) in both.items()}
 
 
 def told_apart():
@@ -118,7 +128,7 @@ def digit_values():
                  published=[rounded(value, 1) for value in p3_dann.PUBLISHED], held_out_images=str(HELD_OUT),
                  per_domain=str(PER_DOMAIN),
                  published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
-                 means=means(), told_apart=told_apart(), ablation=ablation())
+                 means=means(), left=points_left(), told_apart=told_apart(), ablation=ablation())
     if measured['3']:
         found['dann'] = dict(
             training(read_log(base_of(p3_dann.shipped('svhn')) + '.jsonl')),
@@ -140,6 +150,12 @@ def changed_lines():
     return [line.rstrip() for line in difflib.ndiff(*[text.splitlines() for text in texts]) if line[0] in '+-']
 
 
+def csv_rows(name):
+    """The rows of a table that --plot wrote, as dicts."""
+    with open(os.path.join(ROOT, 'figures', name + '.csv'), encoding='utf8') as file:
+        return list(csv.DictReader(file))
+
+
 def vae_values():
     log, linear = read_log(base_of(p1_vae.CKPT) + '.jsonl'), read_log(p1_vae.LINEAR_CODE)
     curve = sorted((record['test_kl'], record['test_mse']) for record in linear)
@@ -148,16 +164,16 @@ def vae_values():
     table = []
     for row in rows:
         of_linear = float(np.interp(row['kl'], *zip(*curve)))
-        table.append([f'{row["lambda_kl"]:g}', rounded(row['kl'], 1), rounded(row['mse'], 4), rounded(of_linear, 4),
+        table.append([f'{row["lambda_kl"]:.1e}', rounded(row['kl'], 1), rounded(row['mse'], 4), rounded(of_linear, 4),
                       rounded(row['mse'] / of_linear, 2)])
-    with open(os.path.join(ROOT, 'figures', 'table1_5.csv'), encoding='utf8') as file:
-        attributes = list(csv.DictReader(file))
+    attributes, ten = [csv_rows(name) for name in ('table1_5', 'table1_3')]
     published_kl, published_mse = p1_vae.PUBLISHED
     return dict(training(log), table=table, kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4),
                 chosen=rounded(test['chosen_step'], 0), test=rounded(test['images'], 0),
                 kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
                 published_kl=rounded(published_kl, 1), published_mse=rounded(published_mse, 4),
-                lambda_kl=f'{p1_vae.DEFAULTS["lambda_kl"]:g}', latent=str(p1_vae.NET['latent_dim']),
+                lambda_kl=f'{p1_vae.DEFAULTS["lambda_kl"]:.1e}', mse_of_ten=ten[-1]['mse'],
+                latent=str(p1_vae.NET['latent_dim']),
                 attribute=attributes[0]['attribute'], attribute_accuracy=attributes[0]['test'],
                 attributes=str(len(attributes)),
                 **numbers(p1_vae, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP', 'GRADIENT_NORM',
@@ -174,18 +190,21 @@ def gan_values():
         if rows.get(what, {}).get('sha256') != file_sum(path):
             raise UserError(f'{p2_gan.SAMPLES} has no scores of {path}: let tests/benchmark.py samples measure them')
     settings = next(record for record in log if record['kind'] == 'run')['settings']
-    penalties = dict(wgan_gp='norm 1 between real and drawn', wgan_div='small between real and drawn',
+    penalties = dict(wgan_gp='norm 1 between real and generated', wgan_div='small between real and generated',
                      dragan='norm 1 near real images', r1='small at real images')
-    methods = [[name, method['loss'], method['norm'], penalties.get(name, 'none'),
+    proper = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1')
+    methods = [[f'{proper[name]} ({name})', method['loss'], method['norm'], penalties.get(name, 'none'),
                 '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
     of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
     compared = {what.split('/')[1]: rounded(row['frechet'], 1) for what, row in rows.items() if '/' in what}
     shipped = counts.get(rows['p2_gan']['sha256'])
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
-               f'faces broken, by this rule: {shipped["rule"]}.') if shipped else ''
+               f'faces broken, by this rule: {shipped["rule"].split(";")[0]}.') if shipped else ''
+    earlier = [str(record['broken']) for record in counts.values()
+               if record['what'] == 'p2_gan' and record is not shipped]
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), methods=methods, counted=counted,
-                compared=compared, of_r1=of_r1,
+                compared=compared, of_r1=of_r1, earlier=earlier[-1] if earlier else NOT_YET,
                 **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),

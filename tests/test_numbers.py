@@ -73,28 +73,23 @@ def results():
     """The tables of README.md: ours beside the best public figures."""
     kl, mse = p1_vae.PUBLISHED
     lines = ['| pictures | measured | here | best public report |', '| --- | --- | --- | --- |']
-    found = NOT_YET
-    if log_of('p1_vae'):
-        test = one(log_of('p1_vae'), kind='test')
-        found = f'{rounded(test["mse"], 4)} and {rounded(test["kl"], 1)}'
-    lines.append(f'| VAE | on test faces: MSE per pixel (pixels between 0 and 1), and KL in nats | {found} '
-                 f'| {rounded(mse, 4)} and {rounded(kl, 1)}, ten faces |')
-    found = NOT_YET
-    if log_of('p2_gan'):
-        drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
-        found = '; '.join(f'{rounded(drawn[name], places)} (real faces: {rounded(real[name], places)})'
-                          for name, places in (('clear', 3), ('frechet', 1)))
-        counts = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
-        for count in [count for count in counts if count.get('sha256') == drawn['sha256']]:
-            found += f'; {count["broken"]} of {count["faces"]}'
-    lines.append('| GAN | share of drawn faces that the detector of dlib sees clearly; Fréchet distance of its '
-                 'features to test faces, times 1,000; faces that a language model called broken '
-                 f'| {found} | no such score |')
+    test = one(log_of('p1_vae'), kind='test')
+    lines += [f'| VAE | mean squared error per pixel (between 0 and 1), test faces | {rounded(test["mse"], 4)} '
+              f'| {rounded(mse, 4)}, ten faces |',
+              f'| VAE | KL divergence in nats, test faces | {rounded(test["kl"], 1)} | {rounded(kl, 1)} |']
+    drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
+    lines += [f'| GAN | {what} | {rounded(drawn[name], places)} (real faces: {rounded(real[name], places)}) '
+              '| none |' for name, places, what in (
+                  ('frechet', 1, 'Fréchet distance to test faces in face descriptors of dlib, times 1,000'),
+                  ('clear', 3, 'share of the faces that the face detector of dlib sees clearly'))]
+    count = one(read_log(p2_gan.COUNTS), sha256=drawn['sha256'])
+    lines.append('| GAN | faces that a language model called broken '
+                 f'| {count["broken"]} of {count["faces"]} | none |')
     found = NOT_YET
     if log_of('p5_conditional'):
         found = rounded(100 * one(log_of('p5_conditional'), kind='test')['accuracy'], 1)
-    lines.append('| diffusion (an extra) | digits that a net for MNIST-M reads as what was asked for, in % '
-                 f'| {found} | {rounded(100 * p5_conditional.PUBLISHED, 1)}, by an ACGAN and another net |')
+    lines.append('| diffusion (an extra) | digits that a digit classifier reads as what was asked for, in % '
+                 f'| {found} | {rounded(100 * p5_conditional.PUBLISHED, 1)}, by an ACGAN and another classifier |')
     rows = [measured(problem).get(row, []) for problem, row in (
         ('p3_dann', 'source'), ('p3_dann', 'dann_entropy'), ('p4_adda', 'improved'), ('p3_dann', 'target'))]
     lines += ['', '| digits: accuracy in % | lower bound | problem 3 | problem 4 | upper bound '
@@ -115,11 +110,11 @@ def results():
 TRAININGS = (('p1_vae.py --train', ('p1_vae',), None, 'the VAE'), ('p2_gan.py --train', ('p2_gan',), None, 'the GAN'),
              ('p3_dann.py --train --target svhn', ('p3_dann_svhn',), None, 'one run of DANN + entropy'),
              ('p4_adda.py --train --target svhn', ('p4_adda_svhn',), None, 'one run of improved ADDA'),
-             ('p3_dann.py --train --resume', ('p3_dann_*', 'p3_runs/*/*'), 'asked', 'the table of problem 3'),
-             ('p4_adda.py --train --resume', ('p4_adda_*', 'p4_runs/*/*'), 'asked', 'the table of problem 4'),
-             ('p3_dann.py --train --resume --directions others', ('p3_runs/*/*',), 'others',
+             ('p3_dann.py --train', ('p3_dann_*', 'p3_runs/*/*'), 'asked', 'the table of problem 3'),
+             ('p4_adda.py --train', ('p4_adda_*', 'p4_runs/*/*'), 'asked', 'the table of problem 4'),
+             ('p3_dann.py --train --directions others', ('p3_runs/*/*',), 'others',
               'three more pairs of domains'),
-             ('p4_adda.py --train --resume --directions others', ('p4_runs/*/*',), 'others',
+             ('p4_adda.py --train --directions others', ('p4_runs/*/*',), 'others',
               'the same by improved ADDA'),
              ('p5_conditional.py --train', ('p5_conditional',), None, 'the diffusion model'))
 
@@ -154,8 +149,10 @@ def trainings():
     return '\n'.join(lines) + '\n'
 
 
-ABOUT_DIGITS = ('Problems 3 and 4: accuracy on the test images of the target in percent, mean and standard deviation '
-                'over the seeds; the number of seeds is in brackets.')
+ABOUT_DIGITS = ('Accuracy on the test images of the target in percent, mean and standard deviation over the seeds; the '
+                'number of seeds is in brackets. "Batch statistics of the target" means that the batch norms of the '
+                'trained net were given the statistics of unlabelled target images. The last two rows measure the nets '
+                'of "DANN + entropy" and "improved ADDA" on 500 target training images on which no run has trained.')
 # rows of tables: label, problem, name of the row in its log, which accuracy
 ASKED = (('lower bound: source only', 'p3_dann', 'source', 'accuracy'),
          ('**DANN + entropy**', 'p3_dann', 'dann_entropy', 'accuracy'),
@@ -173,8 +170,8 @@ MORE = (('DANN', 'p3_dann', 'dann', 'accuracy'), ('plain ADDA', 'p4_adda', 'plai
         ('lower bound, not augmented, batch statistics of the target', 'p3_dann', 'source_not_augmented',
          'adabn_accuracy'),
         ('DANN + entropy, not augmented', 'p3_dann', 'dann_entropy_not_augmented', 'accuracy'),
-        ('DANN + entropy, 500 held-out training images', 'p3_dann', 'dann_entropy', 'held_out_accuracy'),
-        ('improved ADDA, 500 held-out training images', 'p4_adda', 'improved', 'held_out_accuracy'))
+        ('DANN + entropy, on 500 held-out training images', 'p3_dann', 'dann_entropy', 'held_out_accuracy'),
+        ('improved ADDA, on 500 held-out training images', 'p4_adda', 'improved', 'held_out_accuracy'))
 
 
 def digit_table(directions, rows, seeds=SEEDS):
@@ -194,8 +191,9 @@ def all_results():
     parts = ([f'This page is written by `{COMMAND}` from the logs in checkpoints/.', '', '## Problem 1'] + rates(),
              ['## Problem 2'] + samples(),
              ['## Problems 3 and 4', '', ABOUT_DIGITS] + digit_table('asked', ASKED + MORE),
-             ['From plain ADDA to improved ADDA, one piece added at a time, and two controls, all of seed 0 (section '
-              '4-3 of the report explains the pieces):'] + digit_table('asked', ablation, seeds=(0,)),
+             ['From plain ADDA to improved ADDA, one piece added at a time, and two controls, all of seed 0 (the '
+              'beginning of p4_adda.py and section 4-3 of the report explain the pieces):'
+              ] + digit_table('asked', ablation, seeds=(0,)),
              ['Three more pairs of domains, which other years of the course ask for (the upper bound of a target is '
               'that of the first table):'] + digit_table('others', OTHERS),
              ['## Problem 5'] + conditional(),
@@ -211,7 +209,7 @@ def rates():
     lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean. '
              'The shipped net comes first; the others start from its weights.', '', '| lambda_KL | KL (nats) | MSE |',
              '| --- | --- | --- |']
-    lines += [f'| {test["lambda_kl"]:g} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} |'
+    lines += [f'| {test["lambda_kl"]:.1e} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} |'
               for test in tests[:1] + sorted(tests[1:], key=lambda test: test['lambda_kl'])]
     with open(os.path.join(ROOT, 'figures', 'table1_5.csv')) as file:
         rows = list(csv.reader(file))[1:]
@@ -221,12 +219,13 @@ def rates():
 
 
 def samples():
-    """Scores of 1,000 drawn faces of each run of problem 2."""
+    """Scores of 1,000 generated faces of each run of problem 2."""
     if not log_of('p2_gan'):
         return ['', 'The GAN is not measured yet.']
     lines = ['', '1,000 faces of each, against the test faces. Own score: Fréchet distance of the latent means of '
-             'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Fréchet and nearest: distance '
-             'of dlib\'s face descriptors to the test faces as a whole, and to the nearest of them.', '',
+             'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Fréchet (times 1,000) and '
+             'nearest: distance of dlib\'s face descriptors to the test faces as a whole, and to the nearest of them.',
+             '',
              '| faces | images seen | own score | clear | Fréchet | nearest |', '| --- | --- | --- | --- | --- | --- |']
     return lines + [f'| {record["label"]} | {record["images"]:,} | {rounded(record["own"], 2)} '
                     f'| {rounded(record["clear"], 3)} | {rounded(record["frechet"], 1)} '
@@ -250,12 +249,13 @@ def script_results():
     if not os.path.exists(path):
         return []
     lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
-             'of the official test set.', '',
+             'of the official test set. The times of one process and of two, whose ratio is given, are measured '
+             'without the shell script, one right after the other.', '',
              '| command | images | torch | wall time | of which importing torch | with one process | peak memory |',
              '| --- | --- | --- | --- | --- | --- | --- |']
     for record in sorted(read_log(path), key=lambda record: (record['script'], record['torch'])):
         single = (f'{rounded(record["one_process_seconds"], 1)} s, {rounded(record["processes_ratio"], 2)} times as '
-                  f'long as p3_dann.py with {record["cores"]} processes' if 'cores' in record else '')
+                  f'long as with {record["cores"]}' if 'cores' in record else '')
         lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
                      f'| {rounded(record["seconds"], 1)} s | {rounded(record["import_seconds"], 1)} s | {single} '
                      f'| {rounded(record["megabytes"], 0)} MB |')

@@ -793,7 +793,7 @@ def test_checkpoint_is_a_folder(framed, data_dir, tmp_path):
 
 FIGURES = dict(
     p1_vae=['fig1_1.txt', 'fig1_2.png', 'fig1_4.jpg', 'fig1_4.png', 'fig1_5.png', 'fig1_6.jpg', 'fig1_7.png',
-            'table1_3.jpg', 'table1_5.csv'],
+            'table1_3.csv', 'table1_3.jpg', 'table1_5.csv'],
     p2_gan=['fig2_1.txt', 'fig2_2.jpg', 'fig2_2.png', 'fig2_3.png', 'fig2_4.jpg', 'fig2_5.jpg', 'fig2_6.jpg',
             'table2.jpg'],
     p3_dann=['fig3_1.jpg', 'fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png', 'fig3_4_svhn_lower.png',
