@@ -67,18 +67,21 @@ def table_of(problem):
 
 
 def means():
-    """Mean accuracies as texts, named like svhn_dann; and like usps_from_mnistm_dann in the other directions."""
+    """Mean accuracies as texts, named like svhn_dann; like usps_from_mnistm_dann in the other directions; and like
+    svhn_improved_seed0 those of seed 0 alone."""
     rows = dict(table_of('p4_adda'), **table_of('p3_dann'))
     found = {}
     for directions in DIRECTIONS.values():
         for target, source in directions.items():
             begin = target if directions is SOURCE_OF else f'{target}_from_{source}'
             for name in ('source', 'dann', 'dann_entropy', 'target', 'plain', 'improved', 'source_not_augmented',
-                         'dann_entropy_not_augmented', 'improved_no_discriminator'):
+                         'dann_entropy_not_augmented', 'improved_no_discriminator', 'up_to_patches', 'up_to_anchor',
+                         'up_to_conditional', 'up_to_teacher', 'up_to_diversity', 'up_to_anchor_no_discriminator'):
                 for key, end in (('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before')):
                     records = [record for record in rows.get(name, []) if key in record]
-                    values = values_of(records, target, source, key)
-                    found[f'{begin}_{name}{end}'] = rounded(np.mean(values), 1) if values else NOT_YET
+                    for seed, of_seed in ((None, ''), (0, '_seed0')):
+                        values = values_of(records, target, source, key, seed)
+                        found[f'{begin}_{name}{end}{of_seed}'] = rounded(np.mean(values), 1) if values else NOT_YET
     return found
 
 
