@@ -249,8 +249,8 @@ def script_results():
     if not os.path.exists(path):
         return []
     lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
-             'of the official test set. In the column "with one process", labelling '
-             'was timed again without the shell script, with one process and with two; the ratio compares these two.', '',
+             'of the official test set. In the column "with one process", labelling was timed '
+             'again without the shell script, with one process and with two; the ratio compares these two.', '',
              '| command | images | torch | wall time | of which importing torch | with one process | peak memory |',
              '| --- | --- | --- | --- | --- | --- | --- |']
     for record in sorted(read_log(path), key=lambda record: (record['script'], record['torch'])):
