@@ -278,7 +278,7 @@ def test_figures(copy_of_project, trained, tmp_path):
         if name.endswith(('.png', '.jpg')):
             with Image.open(str(tmp_path / 'figures' / name)) as picture:
                 assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
-    table = (tmp_path / 'figures' / 'table5.csv').read_text().splitlines()
+    table = (tmp_path / 'figures' / 'table5.csv').read_text(encoding='utf8').splitlines()
     assert table[1:] == ['real,,,91.0,30.0,8.00,4.00,', 'acgan,,,92.0,31.0,8.10,4.20,',
                          'diffusion,50,0.0,93.0,32.0,8.20,4.40,7.0', 'diffusion,50,2.0,94.0,33.0,8.30,4.60,8.0',
                          'diffusion,10,2.0,95.0,34.0,8.40,4.80,9.0']
