@@ -2,15 +2,11 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, refusals, run
+from conftest import ROOT, assert_one_line, kill_code, refusals, run, run_code
 from PIL import Image
 
 import p5_conditional
@@ -49,7 +45,7 @@ def command(data_dir, ckpt, *words, **options):
 
 
 def train(*arguments, **options):
-    return run(command(*arguments, **options), OMP_NUM_THREADS='1')
+    return run_code(command(*arguments, **options))
 
 
 def records(ckpt, kind):
@@ -163,15 +159,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(data_dir, tmp_path, flags
     one, two = tmp_path / 'one.pth', tmp_path / 'two.pth'
     result = train(data_dir, one, '--steps', '20', *flags)
     assert result.returncode == 0, result.stderr
-    environment = dict(os.environ, OMP_NUM_THREADS='1',
-                       PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'])
-    process = subprocess.Popen(command(data_dir, two, '--steps', '20', *flags), env=environment,
-                               stdout=subprocess.DEVNULL)
-    while not (tmp_path / 'two_last.pth').exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_code(command(data_dir, two, '--steps', '20', *flags), (tmp_path / 'two_last.pth').exists)
     result = train(data_dir, two, '--resume', *flags)
     assert result.returncode == 0, result.stderr
     first, second = [load_checkpoint(str(path), 'p5_conditional')['net'] for path in (one, two)]

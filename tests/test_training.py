@@ -4,14 +4,10 @@ import itertools
 import json
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, run, write_rows
+from conftest import ROOT, assert_one_line, kill_code, run, run_code, write_rows
 from PIL import Image
 
 import p1_vae
@@ -58,7 +54,7 @@ class Trainer(object):
                 '--batch_size', '4', '--device', 'cpu'] + self.flags + list(flags)
 
     def train(self, *arguments, **options):
-        return run(self.command(*arguments, **options), OMP_NUM_THREADS='1')
+        return run_code(self.command(*arguments, **options))
 
     def train_pieces(self, data_dir, folder, rows, steps, before='pass'):
         """Train a run of problem 4 for each of rows, pieces.pth in folder, in one process, which is quicker."""
@@ -67,23 +63,11 @@ class Trainer(object):
             f'{before}; words = sys.argv[1:]; words[words.index("x.pth")] = "{folder}/" + "{{}}.pth"; '
             '[program.main([word.format(pieces) for word in words] + ["--pieces", pieces]) '
             f'for pieces in {rows!r}]').replace('{{}}', '{}'))
-        result = run(command, OMP_NUM_THREADS='1')
+        result = run_code(command)
         assert result.returncode == 0, result.stderr
 
     def kill_when(self, condition, arguments, **options):
-        self.kill(self.command(*arguments, **options), condition)
-
-    def kill(self, command, condition):
-        """Start a command and kill it (kill -9) as soon as condition() holds."""
-        environment = dict(os.environ, OMP_NUM_THREADS='1')
-        environment['PATH'] = os.path.dirname(sys.executable) + os.pathsep + environment['PATH']
-        process = subprocess.Popen([str(word) for word in command],
-                                   env=environment, stdout=subprocess.DEVNULL)
-        while not condition():
-            assert process.poll() is None, 'the run ended before it could be killed'
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_code(self.command(*arguments, **options), condition)
 
     def weights(self, ckpt):
         return load_checkpoint(str(ckpt), self.name)['net']
@@ -181,7 +165,7 @@ def test_kl_of_the_vae_counts_in_its_training(data_dir, tmp_path):
         ckpt = tmp_path / (weight + '.pth')
         command = Trainer('p1_vae').command(data_dir, ckpt, '--steps', '60', '--lambda_kl', weight, every=60)
         command[2] = command[2].replace('program.main()', 'program.KL_WARM_UP = 1; program.main()')
-        assert run(command, OMP_NUM_THREADS='1').returncode == 0
+        assert run_code(command).returncode == 0
         found.append(records(ckpt, 'train')[-1]['kl'])
     assert found[1] < 0.3 * found[0]
 
@@ -205,7 +189,7 @@ def test_each_net_of_the_gan_learns_against_one_that_stays(data_dir, tmp_path, m
     command = trainer.command(data_dir, ckpt, '--steps', steps, '--method', method, every=200)
     command[2] = command[2].replace('program.main()', f'program.METHODS["{method}"]["learning_rates"] = '
                                     f'{rates[learner]}; program.DISCRIMINATOR_CHANNELS = {channels}; program.main()')
-    result = run(command, OMP_NUM_THREADS='1')
+    result = run_code(command)
     assert result.returncode == 0, result.stderr
     logged = records(ckpt, 'train')
     first, last = [{name: sum(record[name] for record in part) / 20 for name in ('real', 'fake')}
@@ -230,7 +214,7 @@ def test_encoder_works_against_the_discriminator(data_dir, tmp_path, name):
         ckpt = tmp_path / f'{weight}.pth'
         command = Trainer(name).command(data_dir, ckpt, '--steps', '120', *flags, every=120)
         command[2] = command[2].replace('program.main()', f'program.{constant} = {weight}; program.main()')
-        result = run(command, OMP_NUM_THREADS='1')
+        result = run_code(command)
         assert result.returncode == 0, result.stderr
         found.append(sum(record[scalar] for record in records(ckpt, 'train')[-40:]) / 40)
         weights.append(Trainer(name).state(ckpt)['discriminator'])
@@ -396,7 +380,7 @@ def test_resume_with_another_method(framed, data_dir, tmp_path):
     framed.kill_when((tmp_path / 'run_last.pth').exists, (data_dir, ckpt, '--steps', '2000'), every=1)
     command = framed.command(data_dir, ckpt, '--resume')
     command[2] = command[2].replace('program.main()', 'program.AVERAGE_DECAY = 0.5; program.main()')
-    assert_one_line(run(command), 'AVERAGE_DECAY = 0.99', 'the script now has 0.5')
+    assert_one_line(run_code(command), 'AVERAGE_DECAY = 0.99', 'the script now has 0.5')
 
 
 def test_names_that_differ_behind_a_dot_are_different_runs(framed, data_dir, tmp_path):
@@ -467,7 +451,7 @@ def test_penalty_counts_with_its_weight(data_dir, tmp_path):
         '[(program.PENALTIES["r1"].update(weight=weight, every=every), '
         f'program.main(words[:place] + ["{tmp_path}/%g_%d.pth" % (weight, every)] + words[place + 1:])) '
         f'for weight, every in {rows!r}]'))
-    result = run(command, OMP_NUM_THREADS='1')
+    result = run_code(command)
     assert result.returncode == 0, result.stderr
     for weight, every in rows:
         state = load_checkpoint(str(tmp_path / f'{weight:g}_{every}_last.pth'), models.state_of('p2_gan'))
@@ -484,14 +468,14 @@ def test_gan_keeps_its_judge(own_data_dir, copy_of_project, tmp_path):
     trainer, ckpt = Trainer('p2_gan'), tmp_path / 'run.pth'
     command = trainer.command(own_data_dir, ckpt, '--steps', '5000')
     command[2] = command[2].replace(ROOT, str(copy_of_project))
-    trainer.kill(command, (tmp_path / 'run_last.pth').exists)
+    kill_code(command, (tmp_path / 'run_last.pth').exists)
     judge = copy_of_project / 'checkpoints' / 'p1_vae.pth'
     checkpoint = load_checkpoint(str(judge), 'p1_vae')
     save_checkpoint(str(judge), dict(checkpoint, step=1))
     command.append('--resume')
-    assert_one_line(run(command), 'was started with judge', 'delete it to start anew')
+    assert_one_line(run_code(command), 'was started with judge', 'delete it to start anew')
     judge.unlink()
-    assert_one_line(run(command), 'p1_vae.pth', 'p1_vae.py --train')
+    assert_one_line(run_code(command), 'p1_vae.pth', 'p1_vae.py --train')
 
 
 def test_log_of_the_gan_has_means_over_its_steps(own_data_dir, tmp_path):
@@ -507,7 +491,7 @@ def test_log_of_the_gan_has_means_over_its_steps(own_data_dir, tmp_path):
         command[2] = command[2].replace(
             'program.main()', f'program.LOG_EVERY = {log_every}; '
             'program.METHODS["wgan_gp"]["learning_rates"] = (0.0, 0.0); program.main()')
-        result = run(command)
+        result = run_code(command)
         assert result.returncode == 0, result.stderr
         scores.append([record['real'] for record in records(ckpt, 'train')])
     assert len(scores[0]) == 5 and len(scores[1]) == 1 and abs(scores[0][0]) > 1e-5
@@ -522,7 +506,7 @@ def test_log_of_the_digits_has_means_over_its_steps(data_dir, tmp_path, name):
         trainer, ckpt = Trainer(name), tmp_path / f'{log_every}.pth'
         command = trainer.command(data_dir, ckpt, '--steps', '10')
         command[2] = command[2].replace('program.main()', f'program.LOG_EVERY = {log_every}; program.main()')
-        result = run(command)
+        result = run_code(command)
         assert result.returncode == 0, result.stderr
         losses.append([record.get('label_loss') for record in records(ckpt, 'train')])
     single, means = losses
@@ -592,7 +576,7 @@ def test_entropy_loss_makes_target_predictions_surer(data_dir, tmp_path):
         ckpt = tmp_path / f'{weight}.pth'
         command = trainer.command(data_dir, ckpt, '--steps', '60')
         command[2] = command[2].replace('program.main()', f'program.ENTROPY = {weight}; program.main()')
-        assert run(command).returncode == 0
+        assert run_code(command).returncode == 0
         last[weight] = sum(record['entropy'] for record in records(ckpt, 'train')[-10:])
     assert last[3.0] < last[0.0]
 
@@ -622,7 +606,7 @@ def test_any_pair_of_domains(data_dir, tmp_path, name):
     for target, source in (('usps', 'mnistm'), ('svhn', 'usps'), ('mnistm', 'svhn')):
         ckpt = tmp_path / f'{target}.pth'
         command = trainer.command(data_dir, ckpt, '--target', target, '--source', source, '--steps', '1')
-        assert run(command).returncode == 0
+        assert run_code(command).returncode == 0
         settings = load_checkpoint(str(ckpt), name)['settings']
         assert (settings['source'], settings['target']) == (source, target)
 
@@ -640,7 +624,7 @@ def test_adaptation_leaves_classifier_and_source_net_alone(data_dir, tmp_path, p
         command[2] = command[2].replace(
             'program.main()', 'save = models.save_checkpoint; models.save_checkpoint = lambda path, '
             f'state: (save(path, state), state["step"] == {step} and sys.exit(9)); program.main()')
-        assert run(command).returncode == 9
+        assert run_code(command).returncode == 9
         states.append(trainer.state(ckpt))
     source, before, after = states
     assert [state['step'] for state in states] == [6, 59, 60]
@@ -673,7 +657,7 @@ def test_every_piece_changes_the_net(data_dir, tmp_path):
 def test_batches_of_one(data_dir, tmp_path, name):
     trainer, ckpt = Trainer(name), tmp_path / 'run.pth'
     command = trainer.command(data_dir, ckpt, '--steps', '8', '--batch_size', '1')
-    result = run(command)
+    result = run_code(command)
     assert result.returncode == 0, result.stderr
 
 
@@ -683,7 +667,7 @@ def test_flags_that_leave_no_run_of_the_table(data_dir, copy_of_project, name):
     command[2] = command[2].replace(ROOT, str(copy_of_project))
     for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
         command.remove(word)
-    assert_one_line(run(command), 'no run of the table', '--target')
+    assert_one_line(run_code(command), 'no run of the table', '--target')
     assert not (copy_of_project / 'checkpoints' / f'{name[:2]}_results.jsonl').exists()
 
 
@@ -736,10 +720,10 @@ def test_table_is_trained_and_resumed(data_dir, copy_of_project):
         command.remove(word)
     folder = copy_of_project / 'checkpoints'
     old = (folder / 'p3_dann_usps.pth').read_bytes()
-    result = run(command + ['--seed', '0'])
+    result = run_code(command + ['--seed', '0'])
     assert result.returncode == 0, result.stderr
     assert (folder / 'p3_dann_usps.pth').read_bytes() != old
-    assert run(command + ['--seed', '1', '--augment', '0']).returncode == 0
+    assert run_code(command + ['--seed', '1', '--augment', '0']).returncode == 0
     results = [json.loads(line) for line in (folder / 'p3_results.jsonl').read_text().split('\n')[:-1]]
     assert sorted((record['target'], record['row'], record['seed']) for record in results) == sorted(
         (target, row, seed) for target in ('mnistm', 'svhn', 'usps')
@@ -748,17 +732,17 @@ def test_table_is_trained_and_resumed(data_dir, copy_of_project):
         log = (copy_of_project / record['log']).read_text().split('\n')
         assert json.loads(log[-2])['accuracy'] == record['accuracy']
     before = (folder / 'p3_dann_usps.pth').stat().st_mtime_ns
-    again = run(command + ['--seed', '0', '--resume'])
+    again = run_code(command + ['--seed', '0', '--resume'])
     assert again.returncode == 0 and again.stdout.count('is finished') == 6
-    others = run(command + ['--seed', '0', '--directions', 'others'])
+    others = run_code(command + ['--seed', '0', '--directions', 'others'])
     assert others.returncode == 0 and others.stdout.count('images 12, accuracy') == 3
     rows = [json.loads(line) for line in (folder / 'p3_results.jsonl').read_text().split('\n')[:-1]]
     assert {(row['source'], row['target']) for row in rows if row not in results} == {
         ('mnistm', 'usps'), ('svhn', 'mnistm'), ('usps', 'svhn')}
     changed = command + ['--seed', '0', '--resume']
     changed[2] = changed[2].replace('program.main()', 'program.ENTROPY = 0.7; program.main()')
-    assert_one_line(run(changed), 'ENTROPY = 0.3', 'the script now has 0.7')
-    longer = run(command + ['--seed', '0', '--steps', '2'])
+    assert_one_line(run_code(changed), 'ENTROPY = 0.3', 'the script now has 0.7')
+    longer = run_code(command + ['--seed', '0', '--steps', '2'])
     assert longer.returncode == 0 and (folder / 'p3_runs' / 'svhn_usps' / 'dann_entropy_steps2_seed0.pth').exists()
     assert (folder / 'p3_dann_usps.pth').stat().st_mtime_ns == before
 
@@ -766,7 +750,7 @@ def test_table_is_trained_and_resumed(data_dir, copy_of_project):
 def test_loss_that_is_not_finite_stops_the_run(trainer, data_dir, tmp_path):
     diverging = trainer.command(data_dir, tmp_path / 'run.pth', '--steps', '300', every=1)
     diverging[2] = diverging[2].replace('program.main()', trainer.diverge + '; program.main()')
-    assert_one_line(run(diverging), 'step', 'the last good save')
+    assert_one_line(run_code(diverging), 'step', 'the last good save')
     assert not (tmp_path / 'run.pth').exists()
     state = trainer.state(tmp_path / 'run.pth')
     assert state['step'] == records(tmp_path / 'run.pth', 'train', '_last.jsonl')[-1]['step']
@@ -846,7 +830,7 @@ def test_figures_of_the_digits(data_dir, copy_of_project, tmp_path, name, settin
     for word in ('--ckpt', 'x.pth', '--target', 'mnistm'):
         command.remove(word)
     for setting in settings:
-        result = run(command + [setting])
+        result = run_code(command + [setting])
         assert result.returncode == 0, result.stderr
     models.write_log(str(copy_of_project / 'checkpoints' / 'p3_results.jsonl'), [
         dict(row=row, source=source, target=target, seed=seed, accuracy=0.5 + 0.1 * seed, adabn_accuracy=0.4,
@@ -857,7 +841,7 @@ def test_figures_of_the_digits(data_dir, copy_of_project, tmp_path, name, settin
     out = tmp_path / 'figures'
     words = ['--plot', '--data_dir', data_dir, '--out', out]
     code = command[2][:command[2].index('program.LOG_EVERY')] + command[2][command[2].index('program.DEFAULTS'):]
-    result = run(['python3', '-c', code] + words)
+    result = run_code(['python3', '-c', code] + words)
     assert result.returncode == 0, result.stderr
     assert_drawn(out, FIGURES[name])
     with open(str(out / f'table{name[1]}.csv')) as file:
