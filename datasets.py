@@ -728,7 +728,7 @@ def plot_domains(path, domains):
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(3.1, columns=2)
+    figure, axes = new_figure(2.5, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
                 [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
@@ -765,15 +765,15 @@ def plot_confusion(path, found):
 
 def plot_mistakes(path, found):
     """The wrong predictions with the highest probability of each scenario, most confident first."""
-    figure, all_axes = new_figure(4.9, rows=3)
+    figure, all_axes = new_figure(4.3, rows=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, found.items()):
         confidence, classes = probabilities.max(1)
         wrong = torch.nonzero(classes != digits.labels).flatten()
         wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES]
         if len(wrong):
-            draw_pixels(axes, make_grid(digits.images[wrong], columns=10, gap=8))
+            draw_pixels(axes, make_grid(digits.images[wrong], columns=10, gap=10))
         for index, row in enumerate(wrong.tolist()):
-            axes.text(22 + 36 * (index % 10), 6 + 36 * (index // 10), ha='center',
+            axes.text(24 + 38 * (index % 10), 8 + 38 * (index // 10), ha='center',
                       s=f'{digits.labels[row]} as {classes[row]}')
         axes.set_title(f'{title}: {len(wrong)} most confident mistakes (true digit as predicted digit)')
     save_figure(path, figure)

@@ -285,7 +285,7 @@ def plot_reconstructions(path, vae, test, means, device):
 
 def plot_latent_space(path, means, has_attribute, attribute, accuracy):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
-    figure, axes = new_figure(4.6)
+    figure, axes = new_figure(3.6)
     draw_points(axes, embed(means.numpy()), has_attribute.astype(int),
                 [f'not {attribute}', attribute])
     axes.set_title(f'Latent means of {len(means):,} test faces by t-SNE, coloured by {attribute}\n(a linear classifier '
@@ -348,7 +348,7 @@ def sweep_of(ckpt):
 def plot_rate_distortion(path, base, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
     points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(base + '.pth'))
-    figure, axes = new_figure(3.6)
+    figure, axes = new_figure(3.0)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=COLOURS[6],
               label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')

@@ -6,11 +6,12 @@
 
 No number of a result is typed by hand: values() takes them from the logs in checkpoints/, from the tables
 (figures/*.csv) that --plot makes of them or measures, and from the settings in the scripts, and report.typ
-names them.  A problem without a log of the new data kit has no section yet.
+names them.
 """
 import argparse
 import csv
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -27,10 +28,9 @@ import p4_adda                                                                  
 import p5_conditional                                                               # noqa: E402
 from datasets import (DIRECTIONS, HELD_OUT, PER_DOMAIN, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
                       run_command, scenario_name, write_whole)
-from models import base_of, file_sum, read_log, results_path, rows_of               # noqa: E402
+from models import base_of, file_sum, read_log, rows_of                             # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
-NOT_YET = 'not measured yet'
 # images of the data kit for training and test, as its README has them
 SIZES = dict(usps=(7291, 2007), mnistm=(60000, 10000), svhn=(19253, 5001), face=(40000, 2456))
 
@@ -61,37 +61,28 @@ def values_of(records, target, source, key='accuracy', seed=None):
             if (record['target'], record['source']) == (target, source) and seed in (None, record['seed'])]
 
 
-def table_of(problem):
-    """{name of a row: its records}, empty while no run of the problem's table is finished."""
-    return rows_of(problem) if os.path.exists(results_path(problem)) else {}
-
-
 def means():
-    """Mean accuracies as texts, named like svhn_dann; like usps_from_mnistm_dann in the other directions; and like
-    svhn_improved_seed0 those of seed 0 alone."""
-    rows = dict(table_of('p4_adda'), **table_of('p3_dann'))
+    """Mean accuracies as texts, named like svhn_dann, or in the other directions like usps_from_mnistm_dann."""
+    rows = dict(rows_of('p4_adda'), **rows_of('p3_dann'))
     found = {}
     for directions in DIRECTIONS.values():
         for target, source in directions.items():
             begin = target if directions is SOURCE_OF else f'{target}_from_{source}'
-            for name in ('source', 'dann', 'dann_entropy', 'target', 'plain', 'improved', 'source_not_augmented',
-                         'dann_entropy_not_augmented', 'improved_no_discriminator', 'up_to_patches', 'up_to_anchor',
-                         'up_to_conditional', 'up_to_teacher', 'up_to_diversity', 'up_to_anchor_no_discriminator'):
-                for key, end in (('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before')):
-                    records = [record for record in rows.get(name, []) if key in record]
-                    for seed, of_seed in ((None, ''), (0, '_seed0')):
-                        values = values_of(records, target, source, key, seed)
-                        found[f'{begin}_{name}{end}{of_seed}'] = rounded(np.mean(values), 1) if values else NOT_YET
+            for (name, records), (key, end) in itertools.product(rows.items(), (
+                    ('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before'))):
+                values = values_of([record for record in records if key in record], target, source, key)
+                if values:
+                    found[f'{begin}_{name}{end}'] = rounded(np.mean(values), 1)
     return found
 
 
 def points_left():
     """Points between the means of DANN + entropy and of the upper bound, as texts."""
-    rows = table_of('p3_dann')
-    both = {target: [values_of(rows.get(name, []), target, source) for name in ('target', 'dann_entropy')]
-            for target, source in SOURCE_OF.items()}
-    return {target: rounded(np.mean(upper) - np.mean(ours), 1) if upper and ours else NOT_YET
-            for target, (upper, ours) in both.items()}
+    rows, found = rows_of('p3_dann'), {}
+    for target, source in SOURCE_OF.items():
+        upper, ours = [np.mean(values_of(rows[name], target, source)) for name in ('target', 'dann_entropy')]
+        found[target] = rounded(upper - ours, 1)
+    return found
 
 
 def told_apart():
@@ -100,51 +91,44 @@ def told_apart():
     for name, module, flags in (('dann', p3_dann, dict(setting='dann')), ('dann_entropy', p3_dann, {}),
                                 ('improved', p4_adda, {}), ('plain', p4_adda, dict(pieces=''))):
         for target in SOURCE_OF:
-            path = base_of(module.shipped(target, **flags)) + '.jsonl'
-            shares = [record['domain_accuracy'] for record in read_log(path) if 'domain_accuracy' in record
-                      ] if os.path.exists(path) else []
-            found[f'{target}_{name}'] = rounded(100 * shares[-1], 0) if shares else NOT_YET
+            log = read_log(base_of(module.shipped(target, **flags)) + '.jsonl')
+            shares = [record['domain_accuracy'] for record in log if 'domain_accuracy' in record]
+            found[f'{target}_{name}'] = rounded(100 * shares[-1], 0)
     return found
 
 
 def ablation():
     """Rows of label and accuracies of seed 0, in brackets before adaptation."""
-    rows, lines = table_of('p4_adda'), []
+    rows, lines = rows_of('p4_adda'), []
     for label, pieces, _ in p4_adda.ROWS + p4_adda.CONTROLS:
-        records = rows.get(p4_adda.name_of(dict(pieces=pieces)), [])
+        records = rows[p4_adda.name_of(dict(pieces=pieces))]
         lines.append([label])
         for target, source in sorted(SOURCE_OF.items()):
-            values, before = [values_of(records, target, source, key, seed=0)
-                              for key in ('accuracy', 'unadapted_accuracy')]
-            lines[-1].append(f'{rounded(values[0], 1)} ({rounded(before[0], 1)})' if values else '–')
+            after, before = [rounded(values_of(records, target, source, key, seed=0)[0], 1)
+                             for key in ('accuracy', 'unadapted_accuracy')]
+            lines[-1].append(f'{after} ({before})')
     return lines
 
 
 def digit_values():
     constants = p3_dann.constants()
-    measured = {number: all(values_of(table_of(problem).get(row, []), *scenario) for scenario in SOURCE_OF.items())
-                for number, problem, row in (('3', 'p3_dann', 'dann_entropy'), ('4', 'p4_adda', 'improved'))}
-    found = dict(measured=[number for number in sorted(measured) if measured[number]], seeds=str(len(SEEDS)),
-                 scenarios=[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(SOURCE_OF.items())],
-                 others=[scenario_name(*scenario).replace(' to ', ' → ')
-                         for scenario in sorted(DIRECTIONS['others'].items())],
-                 published=[rounded(value, 1) for value in p3_dann.PUBLISHED], held_out_images=str(HELD_OUT),
-                 per_domain=str(PER_DOMAIN),
-                 published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
-                 means=means(), left=points_left(), told_apart=told_apart(), ablation=ablation())
-    if measured['3']:
-        found['dann'] = dict(
+    return dict(
+        seeds=str(len(SEEDS)), held_out_images=str(HELD_OUT), per_domain=str(PER_DOMAIN),
+        published=[rounded(value, 1) for value in p3_dann.PUBLISHED],
+        published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
+        means=means(), left=points_left(), told_apart=told_apart(), ablation=ablation(),
+        **{key: [scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(DIRECTIONS[name].items())]
+           for key, name in (('scenarios', 'asked'), ('others', 'others'))},
+        dann=dict(
             training(read_log(base_of(p3_dann.shipped('svhn')) + '.jsonl')),
             channels=', '.join(map(str, constants['NET']['channels'])), dropout=f'{constants["NET"]["dropout"]:g}',
             hidden=str(constants['DISCRIMINATOR_HIDDEN']), betas='0.9 and 0.99',
             **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY', 'AVERAGE_DECAY',
-                      'STATISTICS', 'LOG_EVERY'))
-    if measured['4']:
-        found['adda'] = dict(
+                      'STATISTICS', 'LOG_EVERY')),
+        adda=dict(
             training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
             changed_lines='\n'.join(changed_lines()),
-            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY', 'LOG_EVERY'))
-    return found
+            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY', 'LOG_EVERY')))
 
 
 def changed_lines():
@@ -185,9 +169,7 @@ def vae_values():
 
 def gan_values():
     log = read_log(base_of(p2_gan.CKPT) + '.jsonl')
-    # real faces have no sum
-    counts = {record.get('sha256'): record for record in (
-        read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else [])}
+    counts = {record.get('sha256'): record for record in read_log(p2_gan.COUNTS)}       # real faces have no sum
     rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
     for what, path in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
         if rows.get(what, {}).get('sha256') != file_sum(path):
@@ -201,14 +183,14 @@ def gan_values():
                for name, method in p2_gan.METHODS.items()]
     of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
     compared = {what.split('/')[1]: rounded(row['frechet'], 1) for what, row in rows.items() if '/' in what}
-    shipped = counts.get(rows['p2_gan']['sha256'])
+    shipped = counts[rows['p2_gan']['sha256']]
     counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
-               f'faces broken, by this rule: {shipped["rule"].split(";")[0]}.') if shipped else ''
+               f'faces broken, by this rule: {shipped["rule"].split(";")[0]}.')
     earlier = [str(record['broken']) for record in counts.values()
                if record['what'] == 'p2_gan' and record is not shipped]
     return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), methods=methods, counted=counted,
-                compared=compared, of_r1=of_r1, earlier=earlier[-1] if earlier else NOT_YET,
-                **{name: str(shipped[name]) if shipped else NOT_YET for name in ('broken', 'faces')},
+                compared=compared, of_r1=of_r1, earlier=earlier[-1],
+                **{name: str(shipped[name]) for name in ('broken', 'faces')},
                 method=settings['method'], augment=f'{settings["augment"]:g}',
                 chosen=rounded(log[-1]['chosen_step'], 0),
                 learning_rate=f'{p2_gan.METHODS[settings["method"]]["learning_rates"][0]:g}',
@@ -261,14 +243,8 @@ def conditional_values():
 
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
-    found = digit_values()
-    if os.path.exists(base_of(p1_vae.CKPT) + '.jsonl'):
-        found.update(vae=vae_values(), measured=found['measured'] + ['1'])
-    if os.path.exists(base_of(p2_gan.CKPT) + '.jsonl'):
-        found.update(gan=gan_values(), measured=found['measured'] + ['2'])
-    if os.path.exists(p5_conditional.SCORES):
-        found.update(conditional=conditional_values(), measured=found['measured'] + ['5'])
-    return dict(found, sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
+    return dict(digit_values(), vae=vae_values(), gan=gan_values(), conditional=conditional_values(),
+                sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
 
 
 def build(args):

@@ -57,8 +57,6 @@ def predictions(folder, data_dir):
     for script, problem in (('hw3_p3.sh', 'p3_dann'), ('hw3_p4.sh', 'p4_adda')):
         for target in ('mnistm', 'svhn', 'usps'):
             log = os.path.join(ROOT, 'checkpoints', f'{problem}_{target}.jsonl')
-            if not os.path.exists(log):    # its weights are older than the data kit, whose test they must not see
-                continue
             with open(log) as file:
                 expected = 100 * json.loads(file.readlines()[-1])['accuracy']
             images = os.path.join(data_dir, 'digits', target, 'test')

@@ -25,7 +25,7 @@ import p5_conditional                                                           
 from datasets import (DIRECTIONS, SEEDS, SOURCE_OF, FaceImages, read_digits, rounded, scenario_name,         # noqa: E402
                       table_lines)
 from models import (VAE, DigitNet, Generator, accuracy, file_sum, load_checkpoint,  # noqa: E402
-                    load_net, read_log, results_path, rows_of)
+                    load_net, read_log, rows_of)
 
 CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 README = os.path.join(ROOT, 'README.md')
@@ -33,18 +33,11 @@ RESULTS = os.path.join(ROOT, 'report', 'results.md')
 COMMAND = 'python3 tests/test_numbers.py --write'
 CPU = torch.device('cpu')
 TARGETS = sorted(SOURCE_OF)
-NOT_YET = 'not measured yet'
 
 
 def log_of(name):
-    """The log of a checkpoint in checkpoints/, or None if it was trained on the old data kit."""
-    path = os.path.join(CHECKPOINTS, name + '.jsonl')
-    return read_log(path) if os.path.exists(path) else None
-
-
-def measured(problem):
-    """{name of a row: its records} of a table, empty if no run of it is finished."""
-    return rows_of(problem) if os.path.exists(results_path(problem)) else {}
+    """The log of a checkpoint in checkpoints/."""
+    return read_log(os.path.join(CHECKPOINTS, name + '.jsonl'))
 
 
 def one(records, **wanted):
@@ -63,8 +56,6 @@ def accuracies(records, target, source, key='accuracy'):
 
 def cell(values):
     """Mean, standard deviation and number of accuracies."""
-    if not values:
-        return NOT_YET
     spread = ' ± ' + rounded(np.std(values, ddof=1), 1) if len(values) > 1 else ''
     return f'{rounded(np.mean(values), 1)}{spread} ({len(values)})'
 
@@ -85,24 +76,21 @@ def results():
     count = one(read_log(p2_gan.COUNTS), sha256=drawn['sha256'])
     lines.append('| GAN | faces that a language model called broken '
                  f'| {count["broken"]} of {count["faces"]} | none |')
-    found = NOT_YET
-    if log_of('p5_conditional'):
-        found = rounded(100 * one(log_of('p5_conditional'), kind='test')['accuracy'], 1)
+    found = rounded(100 * one(log_of('p5_conditional'), kind='test')['accuracy'], 1)
     lines.append('| diffusion (an extra) | digits that a digit classifier reads as what was asked for, in % '
                  f'| {found} | {rounded(100 * p5_conditional.PUBLISHED, 1)}, by an ACGAN and another classifier |')
-    rows = [measured(problem).get(row, []) for problem, row in (
+    rows = [rows_of(problem)[row] for problem, row in (
         ('p3_dann', 'source'), ('p3_dann', 'dann_entropy'), ('p4_adda', 'improved'), ('p3_dann', 'target'))]
     lines += ['', '| digits: accuracy in % | lower bound | problem 3 | problem 4 | upper bound '
               '| hw3_p3.sh / hw3_p4.sh (seed 0) | best public report: 3 / 4 |', '| --- ' * 7 + '|']
     for (target, source), *published in zip(sorted(SOURCE_OF.items()), p3_dann.PUBLISHED, p4_adda.PUBLISHED):
         values = [accuracies(records, target, source) for records in rows]
-        cells = [rounded(np.mean(one), 1) if one else NOT_YET for one in values]
-        of_seed_0 = [rounded(one[0], 2) if one else NOT_YET for one in values[1:3]]
+        assert all(len(one) == len(SEEDS) for one in values)
+        cells = [rounded(np.mean(one), 1) for one in values]
+        of_seed_0 = [rounded(one[0], 2) for one in values[1:3]]
         lines.append(f'| {scenario_name(target, source)} | {" | ".join(cells)} | {" / ".join(of_seed_0)} '
                      f'| {" / ".join(rounded(value, 1) for value in published)} |')
-    counts = {len(accuracies(records, *scenario)) for records in rows for scenario in SOURCE_OF.items()}
-    seeds = ' to '.join(str(count) for count in sorted({min(counts), max(counts)}))
-    lines += ['', f'The accuracies are means over {seeds} seeds, on the test images of the second domain.']
+    lines += ['', f'The accuracies are means over {len(SEEDS)} seeds, on the test images of the second domain.']
     return '\n'.join(lines) + '\n'
 
 
@@ -133,8 +121,6 @@ def training_time(patterns, directions):
         minutes.append(last['step'] * settings['batch_size'] / last['images_per_second'] / 60)
         machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
         machines.add(f'a GPU ({run["gpu"]})' if 'gpu' in run else machine)
-    if not minutes:
-        return NOT_YET
     machine = ' or '.join(sorted(machines))
     if directions:
         return f'{len(minutes)} runs, together {rounded(sum(minutes) / 60, 1)} hours on {machine}'
@@ -179,8 +165,10 @@ def digit_table(directions, rows, seeds=SEEDS):
     scenarios = sorted(DIRECTIONS[directions].items())
     lines = ['', '| | ' + ' | '.join(scenario_name(*one) for one in scenarios) + ' |', '| --- | --- | --- | --- |']
     for label, problem, row, key in rows:
-        records = [record for record in measured(problem).get(row, []) if record['seed'] in seeds]
-        lines.append(f'| {label} | ' + ' | '.join(cell(accuracies(records, *one, key=key)) for one in scenarios) + ' |')
+        records = [record for record in rows_of(problem)[row] if record['seed'] in seeds]
+        values = [accuracies(records, *one, key=key) for one in scenarios]
+        assert all(len(one) == len(seeds) for one in values), f'{label}: a run is missing'
+        lines.append(f'| {label} | ' + ' | '.join(map(cell, values)) + ' |')
     return lines
 
 
@@ -203,8 +191,6 @@ def all_results():
 
 def rates():
     """MSE and KL of the VAE for each lambda_KL, and how well a linear classifier reads the attributes."""
-    if not log_of('p1_vae'):
-        return ['', 'The VAE is not measured yet.']
     tests = p1_vae.sweep_of(p1_vae.CKPT)
     lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean. '
              'The shipped net comes first; the others start from its weights.', '', '| lambda_KL | KL (nats) | MSE |',
@@ -220,8 +206,6 @@ def rates():
 
 def samples():
     """Scores of 1,000 generated faces of each run of problem 2."""
-    if not log_of('p2_gan'):
-        return ['', 'The GAN is not measured yet.']
     lines = ['', '1,000 faces of each, against the test faces. Own score: Fréchet distance of the latent means of '
              'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Fréchet (times 1,000) and '
              'nearest: distance of dlib\'s face descriptors to the test faces as a whole, and to the nearest of them.',
@@ -234,8 +218,6 @@ def samples():
 
 def conditional():
     """Scores of 1,000 drawn digits of each setting of problem 5."""
-    if not os.path.exists(p5_conditional.SCORES):
-        return ['', 'ACGAN and diffusion are not compared yet.']
     with open(os.path.join(ROOT, 'figures', 'table5.csv'), encoding='utf8') as file:
         rows = list(csv.reader(file))
     return ['', '1,000 drawn digits of MNIST-M of each setting, 100 of each class, as the upper bound of problem 3 '
@@ -245,15 +227,12 @@ def conditional():
 
 def script_results():
     """What `python3 tests/benchmark.py scripts` measured."""
-    path = os.path.join(CHECKPOINTS, 'benchmark_scripts.jsonl')
-    if not os.path.exists(path):
-        return []
     lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
              'of the official test set. In the column "with one process", labelling was timed '
              'again without the shell script, with one process and with two; the ratio compares these two.', '',
              '| command | images | torch | wall time | of which importing torch | with one process | peak memory |',
              '| --- | --- | --- | --- | --- | --- | --- |']
-    for record in sorted(read_log(path), key=lambda record: (record['script'], record['torch'])):
+    for record in sorted(log_of('benchmark_scripts'), key=lambda record: (record['script'], record['torch'])):
         single = (f'{rounded(record["one_process_seconds"], 1)} s, {rounded(record["processes_ratio"], 2)} times as '
                   f'long as with {record["cores"]}' if 'cores' in record else '')
         lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
@@ -285,10 +264,10 @@ def test_results_say_what_the_logs_say():
 
 
 def shipped_logs():
-    """Checkpoint and log of every shipped net that was trained on the new data kit."""
+    """Problem, name and log of every shipped net."""
     names = [(module.PROBLEM, module.PROBLEM) for module in (p1_vae, p2_gan, p5_conditional)]
     names += [(module.PROBLEM, f'{module.PROBLEM}_{target}') for module in (p3_dann, p4_adda) for target in TARGETS]
-    return [(problem, name, log_of(name)) for problem, name in names if log_of(name)]
+    return [(problem, name, log_of(name)) for problem, name in names]
 
 
 def test_shipped_checkpoints_and_logs_agree():
@@ -311,7 +290,7 @@ def test_shipped_checkpoints_have_their_sums():
 def test_results_of_the_digits_are_those_of_their_logs():
     """Every run of the two tables, each with its log, made by one method; shipped is seed 0."""
     for module in (p3_dann, p4_adda):
-        records = [record for row in measured(module.PROBLEM).values() for record in row]
+        records = [record for row in rows_of(module.PROBLEM).values() for record in row]
         assert len({record['log'] for record in records}) == len(records)
         for record in records:
             log = read_log(os.path.join(ROOT, record['log']))
@@ -334,16 +313,15 @@ def test_tables_of_the_report_are_those_of_the_logs(name, rows, directions):
 
 def test_improved_adda_is_above_dann_for_every_seed():
     """So says the report, in 4-1."""
-    dann, adda = measured('p3_dann').get('dann_entropy', []), measured('p4_adda').get('improved', [])
-    found = {(record['target'], record['source'], record['seed']): record['accuracy'] for record in dann}
-    for record in adda:
-        if (record['target'], record['source']) in SOURCE_OF.items():
-            assert record['accuracy'] > found.get((record['target'], record['source'], record['seed']), 0)
+    dann, adda = rows_of('p3_dann')['dann_entropy'], rows_of('p4_adda')['improved']
+    for scenario in SOURCE_OF.items():
+        pairs = list(zip(accuracies(dann, *scenario), accuracies(adda, *scenario)))
+        assert len(pairs) == len(SEEDS) and all(ours < improved for ours, improved in pairs)
 
 
 def test_logs_hold_no_more_than_figures_need():
     for problem in ('p3_dann', 'p4_adda'):
-        for record in [record for row in measured(problem).values() for record in row]:
+        for record in [record for row in rows_of(problem).values() for record in row]:
             assert len(read_log(os.path.join(ROOT, record['log']))) <= 70, record['log']
 
 
