@@ -521,11 +521,10 @@ def write_predictions(path, names, labels):
 
 # ---------------------------------------------------------------------------------------- figures
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and three more, with a shape for
-# each of the first seven
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and three more
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000',
            '#882255', '#999999', '#666600')
-MARKERS = 'o^sDvP*'
+MARKERS = 'o^'               # of the first two
 
 
 FIGURE_WIDTH = 6.5           # inches, at which the report prints figures; their letters have 7 to 9 points
@@ -652,16 +651,15 @@ def rounded(value, places):
     return f'{decimal.Decimal(f"{value:.12g}").quantize(step, decimal.ROUND_HALF_UP):,}'     # not 0.1 + 0.2
 
 
-def table_lines(rows, directions=None):
+def table_lines(rows, directions):
     """Return the lines of a table's CSV, in percent, and of each row the text for each scenario.
 
-    rows is a list of (label, records of the results log), which may be empty.  directions maps targets to sources;
-    left out, they are the assignment's.
+    rows is a list of (label, records of the results log), which may be empty.  directions maps targets to sources.
     """
     lines, cells = [['row', 'source', 'target', 'runs', 'mean', 'spread'] + [f'seed {seed}' for seed in SEEDS]], []
     for label, records in rows:
         cells.append([])
-        for target, source in sorted((directions or SOURCE_OF).items()):
+        for target, source in sorted(directions.items()):
             by_seed = {record['seed']: 100 * record['accuracy'] for record in records
                        if (record['source'], record['target']) == (source, target)}
             values = list(by_seed.values())
@@ -676,7 +674,8 @@ def table_lines(rows, directions=None):
 def plot_table(base, title, rows, asked=0, directions=None):
     """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
 
-    rows and directions are as in table_lines; the labels of the first rows, which the assignment asked for, are bold.
+    rows and directions are as in table_lines; directions left out are the assignment's.  The first rows, asked of them,
+    are what the assignment asks for, and bold.
     """
     directions = directions or SOURCE_OF
     if not any(directions.get(record['target']) == record['source'] for _, records in rows for record in records):
@@ -831,7 +830,7 @@ def parse_shared(parser, problem, needs, argv):
         parser.error('--seed must lie in 0 .. 4294967295')
     for name in ('ckpt', 'out', 'init', 'images'):
         if getattr(args, name, None) == '':
-            parser.error(f'--{name} is empty: name a file, or leave it out')
+            parser.error(f'--{name} is empty: name a ' + ('folder' if name == 'images' else 'file'))
     if args.train and args.ckpt is not None and args.ckpt.endswith(('_last.pth', '_last', '.jsonl', '/')):
         parser.error('--ckpt must not end in _last.pth, _last, .jsonl or /: a run needs such names for its own files')
     _check_used(parser, args)
@@ -865,7 +864,8 @@ def _check_used(parser, args):
         refused += [(name, 'another mode') for name in ('n', 'images', 'out')]
     for name, mode in refused:
         if getattr(args, name, None) not in (None, False):
-            parser.error(f'--{name} is for {mode}: leave it out' + (f', or add {mode}' if mode == '--train' else ''))
+            trains = mode == '--train' and not args.plot
+            parser.error(f'--{name} is for {mode}: leave it out' + ', or add --train' * trains)
 
 
 def run_command(function, args):
@@ -884,8 +884,9 @@ def run_command(function, args):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = ' '.join(str(error).split())
         if is_out_of_memory(error):
-            message = (f'there is not enough memory ({message[:160] or "MemoryError"}): free some, or give a smaller '
-                       '--batch_size')
+            in_batches = getattr(args, 'train', False) or getattr(args, 'images', None)
+            message = (f'there is not enough memory ({message[:160] or "MemoryError"}): free some'
+                       + ', or give a smaller --batch_size' * bool(in_batches))
         elif isinstance(error, RuntimeError):
             raise                          # a mistake of this program's
         sys.exit(f'{program}: {message}')
@@ -922,7 +923,7 @@ def make_data(args):
 
     A split that is there stays as it is; a stopped one goes on where it stopped.  Archives are kept in
     args.downloads; what is there is used, not fetched.  Raises UserError if an archive cannot be had or is damaged,
-    if only a half of a split is there, or if the disk is too small.
+    if only a half of a split is there, or if a file cannot be written; warns where the disk may be too small.
     """
     missing = [(name, split) for name in COUNTS if name in args.only for split in ('train', 'test')
                if not is_made(part_path(args.out, name, split))]

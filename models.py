@@ -105,7 +105,7 @@ class VAEDecoder(nn.Module):
 class VAE(nn.Module):
     """Variational autoencoder for 64x64 images (Kingma and Welling 2014, arXiv 1312.6114)."""
 
-    def __init__(self, latent_dim=128, channels=(32, 64, 128, 256)):
+    def __init__(self, latent_dim, channels):
         super(VAE, self).__init__()
         self.encoder = VAEEncoder(latent_dim, tuple(channels))
         self.decoder = VAEDecoder(latent_dim, tuple(channels))
@@ -208,7 +208,7 @@ class DigitEncoder(nn.Module):
     Shu et al. 2018, arXiv 1802.08735).
     """
 
-    def __init__(self, channels, normalise=True):
+    def __init__(self, channels, normalise):
         super(DigitEncoder, self).__init__()
         self.normalise = normalise
         layers, before = [], 3
@@ -619,8 +619,8 @@ class Run(object):
             return state
         step, steps = state['step'], state['settings']['steps']
         if step < steps:
-            raise UserError(f'{self.state_path} holds a run stopped at step {step} of {steps}: add --resume to go '
-                            'on with it, or delete it to start anew')
+            raise UserError(f'{self.state_path} holds a run at step {step} of {steps}: if it was stopped, add --resume '
+                            'to go on with it, or delete it to start anew')
         return None
 
     def _check_has(self, state, *names):
@@ -862,17 +862,18 @@ def load_checkpoint(path, problem):
 
     Raises UserError if path is missing, torn, of a newer torch, no checkpoint or one of another problem.
     """
-    script, fix = problem.split()[0], 'name another --ckpt'
+    script, fix = problem.split()[0], 'name another file'
+    folder, name = os.path.split(os.path.abspath(path))
+    shipped = folder == CHECKPOINTS and name in [script + '.pth'] + [f'{script}_{target}.pth' for target in SOURCE_OF]
     if problem == state_of(script):
         fix = 'delete it and train anew'
-    elif os.path.dirname(os.path.abspath(path)) == CHECKPOINTS:
-        fix = f'delete it and let hw3_{problem[:2]}.sh fetch it again'
+    elif shipped:
+        fix = f'restore it with git, or let hw3_{problem[:2]}.sh fetch it again'
     if not os.path.exists(path):
-        fetched = os.path.dirname(os.path.abspath(path)) == CHECKPOINTS
         raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train'
-                        + (f', or let hw3_{problem[:2]}.sh fetch it' if fetched else ''))
+                        + (f', restore it with git, or let hw3_{problem[:2]}.sh fetch it' if shipped else ''))
     if not os.path.isfile(path):
-        raise UserError(f'{path} is a folder or a device, no checkpoint: name another --ckpt')
+        raise UserError(f'{path} is a folder or a device, no checkpoint: name another file')
     if zipfile.is_zipfile(path) and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):
         with zipfile.ZipFile(path) as file:
             if any(name.endswith('data.pkl') for name in file.namelist()):
@@ -894,7 +895,7 @@ def load_checkpoint(path, problem):
     if not isinstance(checkpoint, dict) or 'problem' not in checkpoint:
         raise UserError(f'{path} is no checkpoint of this project, which says what problem it is of: {fix}')
     if checkpoint['problem'] != problem:
-        raise UserError(f'{path} is a checkpoint of {checkpoint["problem"]}, not of {problem}: name another --ckpt')
+        raise UserError(f'{path} is a checkpoint of {checkpoint["problem"]}, not of {problem}: name another file')
     return checkpoint
 
 
@@ -905,7 +906,7 @@ def load_net(kind, path, problem, device):
     names of weights is dropped.  Raises UserError if they do not fit the net, or are not finite.
     """
     checkpoint = load_checkpoint(path, problem)
-    fix = f'it is not as {problem}.py --train writes it: name another --ckpt'
+    fix = f'it is not as {problem}.py --train writes it: name another file'
     try:
         net = kind(**checkpoint['config'])
         weights = OrderedDict()
@@ -1132,8 +1133,7 @@ def in_processes(count, function, parts, *inputs):
             try:
                 result = pipes[index % count][0].recv()
             except EOFError:
-                raise UserError('a process was ended from outside, probably for want of memory: free some, or give a '
-                                'smaller --batch_size') from None
+                raise UserError('a process was ended from outside, probably for want of memory: free some') from None
             if isinstance(result, BaseException):
                 raise result
             yield result
@@ -1214,7 +1214,7 @@ def digit_runs(args, problem, defaults, constants, cells, name_of):
               if settings['source'] == sources[settings['target']]
               and all(settings[name] == value for name, value in flags.items() if name in names)]
     if not chosen:
-        raise UserError('no run of the table has these flags: add --target to train a run of its own')
+        raise UserError('no run of the table has these flags: say --target, not --directions, to train one of its own')
     for settings, _ in chosen:
         path = run_path(problem, defaults, settings, name_of(settings))
         if args.resume and is_finished(path, dict(settings, **constants)):

@@ -209,7 +209,7 @@ def plot(args):
     plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute,
                       accuracies[attribute])
     plot_directions(os.path.join(args.out, 'fig1_6.jpg'), vae, test, means, attribute, device)
-    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), base_of(ckpt), linear)
+    plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), ckpt, linear)
     print(f'ten figures and tables are in {args.out}')
 
 
@@ -220,7 +220,7 @@ def read_attributes(faces, of_faces, test, of_test):
     Returns a list of (attribute, accuracy on held-out training faces, accuracy on test faces), the one that is read
     best on held-out faces first.  The accuracies are balanced, 0 to 1: the mean of those of the faces with and without
     the attribute.  Raises UserError where no attribute has faces with and without it among training, held-out and
-    test faces.
+    test faces, and where there are fewer than ten test faces.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -264,7 +264,7 @@ def plot_learning_curves(path, log):
 
 
 def plot_reconstructions(path, vae, test, means, device):
-    """table1_3: ten test images by a fixed seed, decoded from their means, and each one's MSE; their mean in a CSV."""
+    """table1_3: ten test images by a fixed seed, decoded from their means, and their MSE; a CSV has its mean too."""
     rows = np.sort(np.random.RandomState(TABLE_SEED).choice(len(test.names), 10, replace=False))
     images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
     errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
@@ -338,16 +338,16 @@ def sweep_of(ckpt):
         if path.endswith('_last.jsonl'):
             continue
         log = read_log(path)
-        if log[0].get('init_sum', file_sum(ckpt)) != file_sum(ckpt):
+        if log[0].get('init_sum') != file_sum(ckpt):
             raise UserError(f'{path} belongs to a run that started from another file than {ckpt}: train it anew with '
                             f'--init {ckpt}, or delete it')
         records.append(log[-1])
     return records
 
 
-def plot_rate_distortion(path, base, linear):
+def plot_rate_distortion(path, ckpt, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
-    points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(base + '.pth'))
+    points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(ckpt))
     figure, axes = new_figure(3.0)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=COLOURS[6],

@@ -333,8 +333,7 @@ def plot(args):
     plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
                   draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
-    plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS) if os.path.exists(COUNTS) else [],
-                 training[:COLUMNS])
+    plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS), training[:COLUMNS])
     print(f'eight figures and tables are in {args.out}')
 
 
@@ -486,7 +485,7 @@ def parse_args(argv=None):
                         f'({DEFAULTS["augment"]:g})')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.method and not args.train:
-        parser.error('--method is for --train: leave it out, or add --train')
+        parser.error('--method is for --train: leave it out' + ', or add --train' * (not args.plot))
     if args.augment is not None and not 0 <= args.augment <= 1:
         parser.error('--augment must lie in 0 .. 1')
     return args

@@ -98,12 +98,12 @@ def constants():
 
 # ---------------------------------------------------------------------------- losses and schedules
 
-def signal_shares(steps=NOISE_STEPS):
-    """Share of an image's variance that is signal, after 0, 1, ... steps of noise: (steps + 1,) float.
+def signal_shares():
+    """Share of an image's variance that is signal, after 0, 1, ... steps of noise: (NOISE_STEPS + 1,) float.
 
     Source: Nichol and Dhariwal 2021, eq. 17, with each step's noise limited as in their section 3.2.
     """
-    wanted = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    wanted = np.cos((np.arange(NOISE_STEPS + 1) / NOISE_STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
     kept = (wanted[1:] / wanted[:-1]).clip(0.001, 1)
     return torch.from_numpy(np.concatenate([[1], np.cumprod(kept)]).astype(np.float32))
 
@@ -320,13 +320,13 @@ def learn_acgan(run, images, labels, training, held_out, facts):
     return config, dict(discriminator_config=of_discriminator)
 
 
-def measure(net, judge, images, device, sampling_steps=SAMPLING_STEPS, guidance=GUIDANCE):
+def measure(net, judge, images, device):
     """Score 100 drawn digits of each class by judge, a DigitNet in eval(), against images (N, 3, 28, 28) uint8.
 
     Returns a dict: accuracy, the share of the drawn digits that judge reads as what was asked for; and frechet,
     the distance between the drawn digits and images, in the features of judge.
     """
-    drawn = draw_images(net, SCORED, DEFAULTS['seed'], device, sampling_steps, guidance)
+    drawn = draw_images(net, SCORED, DEFAULTS['seed'], device)
     asked = torch.arange(drawn.shape[1]).repeat(len(drawn))
     drawn = drawn.flatten(0, 1)
     return dict(accuracy=accuracy(judge, drawn, asked, device),
@@ -413,14 +413,10 @@ def draw_classes(noise, net, classes, device, sampling_steps, guidance):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from checkpoints and logs."""
     device = pick_device(args.device or 'cpu')
-    attribute = args.attribute or ATTRIBUTE
     nets, logs, scores = {}, {}, read_log(SCORES)
     for name, kind in KINDS.items():
-        ckpt = args.ckpt if name == 'diffusion' else None
-        path = ckpt or path_of(*kind, attribute=attribute)
-        nets[name], checkpoint = read_net(ckpt, *kind, attribute=attribute, device=device)
-        if isinstance(nets[name], UNet) != (name == 'diffusion'):
-            raise UserError(f'{path} holds no net for {name}: name the one of diffusion as --ckpt')
+        path = path_of(*kind, attribute=ATTRIBUTE)
+        nets[name], checkpoint = read_net(None, *kind, attribute=ATTRIBUTE, device=device)
         check_scores(scores, name, path)
         logs[name] = read_log(base_of(path) + '.jsonl')
         if name == 'acgan':
@@ -430,7 +426,7 @@ def plot(args):
     plot_sampling(os.path.join(args.out, 'fig5_3.jpg'), nets['diffusion'], device)
     plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
     plot_learning_curves(os.path.join(args.out, 'fig5_5.png'), logs)
-    plot_pairs(os.path.join(args.out, 'fig5_6.jpg'), nets['faces'], attribute, scores, device)
+    plot_pairs(os.path.join(args.out, 'fig5_6.jpg'), nets['faces'], scores, device)
     plot_results(os.path.join(args.out, 'table5'), scores)
     print(f'eight figures and tables are in {args.out}')
 
@@ -518,18 +514,17 @@ def plot_learning_curves(path, logs):
     save_figure(path, figure)
 
 
-def plot_pairs(path, net, attribute, scores, device):
+def plot_pairs(path, net, scores, device):
     """fig5_6: ten pairs of faces of the same noise, without the attribute and with it."""
     images = draw_images(net, 10, DEFAULTS['seed'], device).transpose(0, 1).flatten(0, 1)
-    found = [record for record in scores if record['kind'] == 'faces' and record['attribute'] == attribute]
+    record = next(record for record in scores if record['kind'] == 'faces')
     figure, axes = new_figure(1.8)
     draw_pixels(axes, make_grid(images, 10))
-    for row, text in enumerate((f'not {attribute}', attribute)):
+    for row, text in enumerate((f'not {ATTRIBUTE}', ATTRIBUTE)):
         axes.text(-6, 35 + 66 * row, text, ha='right', va='center')
-    text = ''.join('\na linear classifier agrees with what was asked for on '
+    axes.set_title('Pairs of the same noise\na linear classifier agrees with what was asked for on '
                    f'{rounded(100 * record["accuracy"], 1)} % of 1,000 generated faces,\nand with the label on '
-                   f'{rounded(100 * record["real_accuracy"], 1)} % of the test faces' for record in found)
-    axes.set_title('Pairs of the same noise' + text)
+                   f'{rounded(100 * record["real_accuracy"], 1)} % of the test faces')
     save_figure(path, figure)
 
 
@@ -579,9 +574,12 @@ def parse_args(argv=None):
     parser.add_argument('--sampling_steps', type=int, help=f'to draw by diffusion ({SAMPLING_STEPS})')
     parser.add_argument('--guidance', type=float, help=f'weight of the guidance, to draw by diffusion ({GUIDANCE:g})')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
+    for name in ('ckpt', 'method', 'data', 'attribute'):
+        if args.plot and getattr(args, name):        # it shows the nets that were scored
+            parser.error(f'--{name} is for another mode: leave it out')
     if args.data == 'faces' and (args.method or DEFAULTS['method']) == 'diffusion':
         parser.error('--data faces is for acgan alone: add --method acgan')
-    if args.attribute and args.data != 'faces' and not args.plot:
+    if args.attribute and args.data != 'faces':
         parser.error('--attribute is for faces: add --data faces')
     if args.attribute:                     # as the columns spell it
         args.attribute = {name.lower(): name for name in ATTRIBUTES}.get(args.attribute.lower(), args.attribute)

@@ -163,11 +163,11 @@ def draw_digit(digit, domain, rng):
     return Image.composite(*[Image.new('RGB', (28, 28), colour) for colour in colours], mask=mask)
 
 
-def write_digits(root, counts=(40, 12)):
+def write_digits(root):
     """Write root/digits/{mnistm,svhn,usps}/{train,test} and their CSV files, every digit in turn."""
     rng = np.random.RandomState(2)
     for domain in ('mnistm', 'svhn', 'usps'):
-        for split, count in zip(('train', 'test'), counts):
+        for split, count in (('train', 40), ('test', 12)):
             folder = os.path.join(str(root), 'digits', domain, split)
             os.makedirs(folder)
             names = [f'{index:05d}.png' for index in range(count)]

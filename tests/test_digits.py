@@ -79,7 +79,7 @@ def test_shapes_of_the_nets(config):
 
 
 def test_encoder_does_not_see_brightness_and_contrast():
-    encoder = DigitEncoder([4, 6, 8]).eval()
+    encoder = DigitEncoder([4, 6, 8], True).eval()
     x = torch.rand(2, 3, 28, 28)
     scale = torch.tensor([0.5, 2.0, 0.8]).view(1, 3, 1, 1)
     assert torch.allclose(encoder(x), encoder(scale * x + 0.3), atol=1e-3)

@@ -242,7 +242,7 @@ def test_checkpoint_that_does_not_fit(tmp_path, how, words):
     """In one line through the real command line."""
     save_checkpoint(str(tmp_path / 'x.pth'), spoiled(how))
     result = run(['python3', os.path.join(ROOT, 'p1_vae.py'), '--ckpt', 'x.pth', '--out', 'x.png'], cwd=tmp_path)
-    assert_one_line(result, 'x.pth', 'name another --ckpt', *words)
+    assert_one_line(result, 'x.pth', 'name another file', *words)
 
 
 def test_checkpoint_of_a_newer_torch(tmp_path, monkeypatch):

@@ -284,7 +284,7 @@ def test_file_of_another_kind_is_not_overwritten(framed, data_dir, tmp_path):
     save_checkpoint(str(tmp_path / 'other.pth'), dict(problem='p9_other'))
     for name, words in (('labels.csv', 'is no checkpoint'), ('other.pth', 'is a checkpoint of p9_other')):
         before = (tmp_path / name).read_bytes()
-        assert_one_line(framed.train(data_dir, tmp_path / name, '--steps', '1'), name, words, 'name another --ckpt')
+        assert_one_line(framed.train(data_dir, tmp_path / name, '--steps', '1'), name, words, 'name another file')
         assert (tmp_path / name).read_bytes() == before
     assert len(os.listdir(str(tmp_path))) == 2
 
@@ -811,6 +811,8 @@ def test_figures_of_the_faces(trainer, data_dir, tmp_path, unbroken, copy_of_pro
              frechet=9.0, nearest=0.49, copied_least=5.0),
         dict(what='real', label='training faces', images=0, own=2.0, clear=0.9, frechet=7.0, nearest=0.48,
              copied_least=4.0)])
+    models.write_log(str(checkpoints / 'p2_counts.jsonl'), [
+        dict(what='p2_gan', sha256=models.file_sum(str(unbroken)), faces=32, broken=5)])
     log = unbroken.with_suffix('.jsonl')
     before = log.read_text()
     result = run(['python3', copy_of_project / (trainer.name + '.py'), '--plot', '--data_dir', data_dir,
