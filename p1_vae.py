@@ -54,6 +54,7 @@ COLUMNS = 8
 TABLE_SEED = 10              # picks the ten test images of table 1_3
 SWEEP = os.path.join(CHECKPOINTS, 'p1_lambda')                     # logs of other lambda_KL
 LINEAR_CODE = os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl')    # of tests/benchmark.py
+SAMPLES = os.path.join(CHECKPOINTS, 'p1_samples.jsonl')            # scores of the faces that they draw, likewise
 PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see report/references.yml
 
 

@@ -13,8 +13,8 @@ latter too (AdaBN, Li et al. 2016, arXiv 1603.04779), so that what they give is 
 
     bash hw3_p3.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p3_dann.py --train --target usps --setting dann --seed 0       train one cell of the table
-    python3 p3_dann.py --train --resume                train the whole table; goes on after a stop
-    python3 p3_dann.py --train --resume --directions others                train that of the other directions
+    python3 p3_dann.py --train --resume                train the runs of the table that have no log yet
+    python3 p3_dann.py --train --resume --directions others                likewise those of the other directions
     python3 p3_dann.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed, the last average is kept, and the run of seed 0 is shipped.  Only

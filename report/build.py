@@ -52,7 +52,13 @@ def training(log):
 
 def numbers(module, *names):
     """The constants of a script as texts, without trailing zeros."""
-    return {name: f'{getattr(module, name):g}' for name in names}
+    return {name: f'{getattr(module, name):,g}' for name in names}
+
+
+def power_of_ten(value):
+    """A small number as people write it: 7.5 · 10⁻⁵."""
+    digits, exponent = f'{value:.1e}'.split('e')
+    return f'{digits} · 10' + ''.join(dict(zip('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))[one] for one in str(int(exponent)))
 
 
 def values_of(records, target, source, key='accuracy', seed=None):
@@ -148,18 +154,23 @@ def vae_values():
     curve = sorted((record['test_kl'], record['test_mse']) for record in linear)
     test = log[-1]
     rows = sorted(p1_vae.sweep_of(p1_vae.CKPT), key=lambda record: record['lambda_kl'])
+    # of 1,000 generated faces; the shipped net's are measured with those of problem 2
+    frechet = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
+    frechet[p1_vae.DEFAULTS['lambda_kl']] = next(
+        record['frechet'] for record in read_log(p2_gan.SAMPLES) if record['what'] == 'p1_vae')
     table = []
     for row in rows:
         of_linear = float(np.interp(row['kl'], *zip(*curve)))
-        table.append([f'{row["lambda_kl"]:.1e}', rounded(row['kl'], 1), rounded(row['mse'], 4), rounded(of_linear, 4),
-                      rounded(row['mse'] / of_linear, 2)])
+        table.append([power_of_ten(row['lambda_kl']), rounded(row['kl'], 1), rounded(row['mse'], 4),
+                      rounded(of_linear, 4), rounded(row['mse'] / of_linear, 2), rounded(frechet[row['lambda_kl']], 1)])
     attributes, ten = [csv_rows(name) for name in ('table1_5', 'table1_3')]
     published_kl, published_mse = p1_vae.PUBLISHED
     return dict(training(log), table=table, kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4),
                 chosen=rounded(test['chosen_step'], 0), test=rounded(test['images'], 0),
                 kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
+                frechet_of_most=table[0][-1], frechet_of_least=table[-1][-1],
                 published_kl=rounded(published_kl, 1), published_mse=rounded(published_mse, 4),
-                lambda_kl=f'{p1_vae.DEFAULTS["lambda_kl"]:.1e}', mse_of_ten=ten[-1]['mse'],
+                lambda_kl=power_of_ten(p1_vae.DEFAULTS['lambda_kl']), mse_of_ten=ten[-1]['mse'],
                 latent=str(p1_vae.NET['latent_dim']),
                 attribute=attributes[0]['attribute'], attribute_accuracy=attributes[0]['test'],
                 attributes=str(len(attributes)),
@@ -177,9 +188,11 @@ def gan_values():
     settings = next(record for record in log if record['kind'] == 'run')['settings']
     penalties = dict(wgan_gp='norm 1 between real and generated', wgan_div='small between real and generated',
                      dragan='norm 1 near real images', r1='small at real images')
-    proper = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1')
-    methods = [[f'{proper[name]} ({name})', method['loss'], method['norm'], penalties.get(name, 'none'),
-                '{:g}, {:g}'.format(*method['betas']), {1: 'step', 5: 'fifth step'}[method['generator_every']]]
+    proper = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1',
+                  wasserstein='Wasserstein')
+    methods = [[f'{proper[name]} ({name})', proper.get(method['loss'], method['loss']), method['norm'],
+                penalties.get(name, 'none'), '{:g}, {:g}'.format(*method['betas']),
+                {1: 'step', 5: 'fifth step'}[method['generator_every']]]
                for name, method in p2_gan.METHODS.items()]
     of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
     compared = {what.split('/')[1]: rounded(row['frechet'], 1) for what, row in rows.items() if '/' in what}

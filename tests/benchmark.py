@@ -342,9 +342,8 @@ def samples(args):
     Frechet distance to the held-out faces by which p2_gan.py chooses, and the mean and the lowest percentile of
     the distances to the nearest training face or its mirror image, copied and copied_least (for 'real', which
     are training faces, from the held-out faces).  A name that was not given keeps its record; eight faces of
-    each lie beside it for table2.
+    each lie beside it for table2.  The scores of p1_lambda/... have a file of their own, and no faces.
     """
-    path = os.path.join(CHECKPOINTS, 'samples.jsonl')
     cpu, real = torch.device('cpu'), os.path.join(args.data_dir, 'face')
     judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
     faces = FaceImages(args.data_dir, 'train').images
@@ -353,6 +352,7 @@ def samples(args):
     held_out = p2_gan.latent_means(judge, faces[held_out], cpu)
     for name in args.names or ['p1_vae', 'p2_gan', 'real']:
         record = dict(kind='samples', what=name, label='training faces', images=0)
+        path = p1_vae.SAMPLES if name.startswith('p1_lambda/') else p2_gan.SAMPLES
         with tempfile.TemporaryDirectory() as folder:
             drawn = os.path.join(folder, 'faces')
             if name == 'real':
@@ -366,6 +366,8 @@ def samples(args):
                 settings = checkpoint['settings']
                 record.update(sha256=file_sum(ckpt), images=settings['steps'] * settings['batch_size'],
                               chosen_step=checkpoint['step'], label='VAE of problem 1')
+                if module is p1_vae:
+                    record['lambda_kl'] = settings['lambda_kl']
                 if module is p2_gan:
                     strength = settings['augment']
                     record['label'] = settings['method'] + (
@@ -379,7 +381,7 @@ def samples(args):
         record.update(zip(('clear', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
                       own=p2_gan.frechet_distance(means, held_out), copied=float(distances.mean()),
                       copied_least=float(np.percentile(distances, 1)))
-        if name != 'real':                 # no image of the data set is kept here
+        if name != 'real' and path == p2_gan.SAMPLES:                  # no image of the data set is kept here
             record['picture'] = 'samples/{}_{}.png'.format(name.replace('/', '_'), record['images'])
             save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
         print('{what}: {line}, own {own:.2f}, copied {copied:.2f}, its lowest percentile {copied_least:.2f}'.format(

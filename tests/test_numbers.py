@@ -179,8 +179,8 @@ def all_results():
     parts = ([f'This page is written by `{COMMAND}` from the logs in checkpoints/.', '', '## Problem 1'] + rates(),
              ['## Problem 2'] + samples(),
              ['## Problems 3 and 4', '', ABOUT_DIGITS] + digit_table('asked', ASKED + MORE),
-             ['From plain ADDA to improved ADDA, one piece added at a time, and two controls, all of seed 0 (the '
-              'beginning of p4_adda.py and section 4-3 of the report explain the pieces):'
+             ['From plain ADDA to improved ADDA (+ self-training), one piece added at a time, and two controls, all of '
+              'seed 0 (the beginning of p4_adda.py and section 4-3 of the report explain the pieces):'
               ] + digit_table('asked', ablation, seeds=(0,)),
              ['Three more pairs of domains, which other years of the course ask for (the upper bound of a target is '
               'that of the first table):'] + digit_table('others', OTHERS),
@@ -192,10 +192,14 @@ def all_results():
 def rates():
     """MSE and KL of the VAE for each lambda_KL, and how well a linear classifier reads the attributes."""
     tests = p1_vae.sweep_of(p1_vae.CKPT)
-    lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean. '
-             'The shipped net comes first; the others start from its weights.', '', '| lambda_KL | KL (nats) | MSE |',
-             '| --- | --- | --- |']
-    lines += [f'| {test["lambda_kl"]:.1e} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} |'
+    lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean, '
+             'and dlib\'s Fréchet distance of 1,000 generated faces as in problem 2. The shipped net comes first; the '
+             'others start from its weights.', '', '| lambda_KL | KL (nats) | MSE | Fréchet |',
+             '| --- | --- | --- | --- |']
+    faces = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
+    faces[tests[0]['lambda_kl']] = one(read_log(p2_gan.SAMPLES), what='p1_vae')['frechet']
+    lines += [f'| {test["lambda_kl"]:.1e} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} '
+              f'| {rounded(faces[test["lambda_kl"]], 1)} |'
               for test in tests[:1] + sorted(tests[1:], key=lambda test: test['lambda_kl'])]
     with open(os.path.join(ROOT, 'figures', 'table1_5.csv')) as file:
         rows = list(csv.reader(file))[1:]
@@ -206,35 +210,45 @@ def rates():
 
 def samples():
     """Scores of 1,000 generated faces of each run of problem 2."""
-    lines = ['', '1,000 faces of each, against the test faces. Own score: Fréchet distance of the latent means of '
-             'problem 1. Clear: share of the faces that dlib\'s detector sees clearly. Fréchet (times 1,000) and '
-             'nearest: distance of dlib\'s face descriptors to the test faces as a whole, and to the nearest of them.',
-             '',
+    lines = ['', '1,000 faces of each. Own score: Fréchet distance to the held-out training faces, between latent '
+             'means of problem 1. The other three scores use dlib and the test faces. Clear: share of the faces that '
+             'the detector sees clearly. Fréchet (times 1,000): distance between the descriptors of the faces and of '
+             'the test faces. Nearest: mean distance from a face to the nearest test face. Of the own score and of '
+             'Fréchet less is better.', '',
              '| faces | images seen | own score | clear | Fréchet | nearest |', '| --- | --- | --- | --- | --- | --- |']
-    return lines + [f'| {record["label"]} | {record["images"]:,} | {rounded(record["own"], 2)} '
-                    f'| {rounded(record["clear"], 3)} | {rounded(record["frechet"], 1)} '
-                    f'| {rounded(record["nearest"], 3)} |' for record in read_log(p2_gan.SAMPLES)]
+    for record in read_log(p2_gan.SAMPLES):
+        scores = [rounded(record[name], places) for name, places in (
+            ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))]
+        cells = [record['label'], rounded(record['images'], 0) if record['images'] else ''] + scores
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
 
 
 def conditional():
     """Scores of 1,000 drawn digits of each setting of problem 5."""
     with open(os.path.join(ROOT, 'figures', 'table5.csv'), encoding='utf8') as file:
         rows = list(csv.reader(file))
-    return ['', '1,000 drawn digits of MNIST-M of each setting, 100 of each class, as the upper bound of problem 3 '
-            'reads them. Distances are between its features.', ''] + [
+    return ['', '1,000 drawn digits of MNIST-M of each setting, 100 of each class. The judge is the upper bound of '
+            'problem 3. Accuracy: the share that it reads as the digit that was asked for. The distances are between '
+            'its features: Fréchet to the test digits, the others to the nearest training digit. Real digits: the '
+            'accuracy is that of all test digits, the Fréchet distance that of 1,000 training digits, and the others '
+            'are those of held-out digits.', ''] + [
                 '| ' + ' | '.join(row) + ' |' for row in rows[:1] + [['---'] * len(rows[0])] + rows[1:]]
 
 
 def script_results():
     """What `python3 tests/benchmark.py scripts` measured."""
     lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
-             'of the official test set. In the column "with one process", labelling was timed '
-             'again without the shell script, with one process and with two; the ratio compares these two.', '',
-             '| command | images | torch | wall time | of which importing torch | with one process | peak memory |',
+             'of the official test set. For the column "labelling alone" the labelling was timed again, without the '
+             'shell script, so its times need not fit the wall time.', '',
+             '| command | images | torch | wall time | of which importing torch | labelling alone | peak memory |',
              '| --- | --- | --- | --- | --- | --- | --- |']
     for record in sorted(log_of('benchmark_scripts'), key=lambda record: (record['script'], record['torch'])):
-        single = (f'{rounded(record["one_process_seconds"], 1)} s, {rounded(record["processes_ratio"], 2)} times as '
-                  f'long as with {record["cores"]}' if 'cores' in record else '')
+        single = ''
+        if 'cores' in record:
+            seconds = record['one_process_seconds']
+            single = (f'{rounded(seconds, 1)} s with one process, {rounded(seconds / record["processes_ratio"], 1)} s '
+                      f'with {record["cores"]}')
         lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
                      f'| {rounded(record["seconds"], 1)} s | {rounded(record["import_seconds"], 1)} s | {single} '
                      f'| {rounded(record["megabytes"], 0)} MB |')
