@@ -134,7 +134,7 @@ def digit_values():
         adda=dict(
             training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
             changed_lines='\n'.join(changed_lines()),
-            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'AVERAGE_DECAY', 'LOG_EVERY')))
+            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'SHARES_DECAY', 'AVERAGE_DECAY', 'LOG_EVERY')))
 
 
 def changed_lines():
@@ -168,7 +168,7 @@ def vae_values():
     return dict(training(log), table=table, kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4),
                 chosen=rounded(test['chosen_step'], 0), test=rounded(test['images'], 0),
                 kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
-                frechet_of_most=table[0][-1], frechet_of_least=table[-1][-1],
+                short_steps=rounded(rows[0]['step'], 0), frechet_of_most=table[0][-1], frechet_of_least=table[-1][-1],
                 published_kl=rounded(published_kl, 1), published_mse=rounded(published_mse, 4),
                 lambda_kl=power_of_ten(p1_vae.DEFAULTS['lambda_kl']), mse_of_ten=ten[-1]['mse'],
                 latent=str(p1_vae.NET['latent_dim']),
