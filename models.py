@@ -1,38 +1,29 @@
-"""Every net, and everything about weights: building, running, training, saving and loading them.
+"""Every net; how nets run; what problems 3 to 6 share; and, as the last part, a training run with its files.
 
 Constructors take plain keyword arguments, read no globals and print nothing, so that a checkpoint
 can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
 """
 import contextlib
 import copy
+import glob
 import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import re
-import signal
-import sys
 import time
 import warnings
-import zipfile
 from collections import OrderedDict
-from inspect import signature
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from datasets import (DIGIT_SIZE, DIRECTIONS, SOURCE_OF, UserError, check_no_device, is_out_of_memory, list_images,
-                      read_images, to_float, warn, write_whole)
-
-try:
-    import fcntl
-except ImportError:            # on Windows
-    fcntl = None
+from datasets import (DIGIT_SIZE, SOURCE_OF, UserError, check_output, is_out_of_memory, list_images, read_images,
+                      to_float, to_uint8, warn, write_text, write_whole)
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
@@ -48,7 +39,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(self, channels):
-        super(ResidualBlock, self).__init__()
+        super().__init__()
         self.layers = nn.Sequential(
             nn.BatchNorm2d(channels), nn.LeakyReLU(0.2),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
@@ -63,7 +54,7 @@ class VAEEncoder(nn.Module):
     """(N, 3, 64, 64) float in [0, 1] -> mean and log-variance of q(z|x), each (N, latent_dim)."""
 
     def __init__(self, latent_dim, channels):
-        super(VAEEncoder, self).__init__()
+        super().__init__()
         layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1)]       # 32x32
         for before, after in zip(channels, channels[1:]):                              # 16, 8, 4
             layers += [nn.BatchNorm2d(before), nn.LeakyReLU(0.2),
@@ -86,7 +77,7 @@ class VAEDecoder(nn.Module):
     """
 
     def __init__(self, latent_dim, channels):
-        super(VAEDecoder, self).__init__()
+        super().__init__()
         self.channels = channels[-1]
         self.project = nn.Linear(latent_dim, self.channels * 4 * 4)
         layers = []
@@ -106,7 +97,7 @@ class VAE(nn.Module):
     """Variational autoencoder for 64x64 images (Kingma and Welling 2014, arXiv 1312.6114)."""
 
     def __init__(self, latent_dim, channels):
-        super(VAE, self).__init__()
+        super().__init__()
         self.encoder = VAEEncoder(latent_dim, tuple(channels))
         self.decoder = VAEDecoder(latent_dim, tuple(channels))
 
@@ -139,7 +130,7 @@ class Generator(nn.Module):
     """
 
     def __init__(self, latent_dim, channels):
-        super(Generator, self).__init__()
+        super().__init__()
         channels = list(channels)[::-1]
         self.channels = channels[0]
         self.project = nn.Linear(latent_dim, self.channels * 4 * 4, bias=False)
@@ -166,7 +157,7 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, channels, norm):
-        super(Discriminator, self).__init__()
+        super().__init__()
         self.norm = norm
         normalise = {'batch': nn.BatchNorm2d, 'layer': lambda count: nn.GroupNorm(1, count)}.get(norm)
         layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -209,7 +200,7 @@ class DigitEncoder(nn.Module):
     """
 
     def __init__(self, channels, normalise):
-        super(DigitEncoder, self).__init__()
+        super().__init__()
         self.normalise = normalise
         layers, before = [], 3
         for index, after in enumerate(channels):                               # 28, 14, 7 pixels
@@ -232,7 +223,7 @@ class DigitNet(nn.Module):
     """
 
     def __init__(self, channels, dropout, normalise=True):
-        super(DigitNet, self).__init__()
+        super().__init__()
         self.features = 9 * channels[-1]
         self.encoder = DigitEncoder(channels, normalise)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.features, 10))
@@ -245,7 +236,7 @@ class DomainDiscriminator(nn.Module):
     """Features (N, features) -> logits (N,), high for the source domain."""
 
     def __init__(self, features, hidden):
-        super(DomainDiscriminator, self).__init__()
+        super().__init__()
         self.layers = nn.Sequential(nn.Linear(features, hidden), nn.LeakyReLU(0.2),
                                     nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1))
 
@@ -260,67 +251,68 @@ class Swish(nn.Module):
         return F.silu(x) if MODERN else x * torch.sigmoid(x)
 
 
-class ToldBlock(nn.Module):
-    """Residual block that is told something about all of an image, by a scale and a shift after its second norm.
+class ConditionedBlock(nn.Module):
+    """Residual block whose second norm is followed by a scale and a shift that depend on a conditioning vector.
 
-    (N, before, H, W) and what it is told, (N, told) -> (N, after, H, W).  Source: Ho et al. 2020 (arXiv 2006.11239),
+    (N, before, H, W) and (N, conditioning) -> (N, after, H, W).  Source: Ho et al. 2020 (arXiv 2006.11239),
     appendix B, with the scale of Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
-    def __init__(self, before, after, told):
-        super(ToldBlock, self).__init__()
+    def __init__(self, before, after, conditioning):
+        super().__init__()
         self.first = nn.Sequential(nn.GroupNorm(8, before), Swish(), nn.Conv2d(before, after, kernel_size=3, padding=1))
-        self.scale_and_shift = nn.Linear(told, 2 * after)
+        self.scale_and_shift = nn.Linear(conditioning, 2 * after)
         self.norm = nn.GroupNorm(8, after)
         self.second = nn.Sequential(Swish(), nn.Conv2d(after, after, kernel_size=3, padding=1))
         self.skip = nn.Identity() if before == after else nn.Conv2d(before, after, kernel_size=1)
         nn.init.zeros_(self.second[1].weight)          # so that a new block is its skip alone
         nn.init.zeros_(self.second[1].bias)
 
-    def forward(self, x, told):
-        scale, shift = self.scale_and_shift(told).unsqueeze(2).unsqueeze(3).chunk(2, 1)
+    def forward(self, x, conditioning):
+        scale, shift = self.scale_and_shift(conditioning).unsqueeze(2).unsqueeze(3).chunk(2, 1)
         return self.skip(x) + self.second(self.norm(self.first(x)) * (1 + scale) + shift)
 
 
 class UNet(nn.Module):
     """Noisy images (N, 3, H, W), steps of the noise (N,) and labels (N,) -> the noise in them, (N, 3, H, W).
 
-    A label is 0 .. classes - 1, or classes where it is not told.  channels are those at H, H / 2, H / 4, ...
-    pixels; told is the width of what the blocks are told.  Source: Ho et al. 2020, appendix B, without attention.
+    A label is 0 .. classes - 1, or classes for an image without one.  channels are those at H, H / 2, H / 4, ...
+    pixels; conditioning is the width of the vector that the blocks get.  Source: Ho et al. 2020, appendix B, without
+    attention.
     """
 
-    def __init__(self, channels, classes, told):
-        super(UNet, self).__init__()
-        self.classes, self.told, self.swish = classes, told, Swish()
-        self.label = nn.Embedding(classes + 1, told)
-        self.step = nn.Sequential(nn.Linear(told, told), Swish(), nn.Linear(told, told))
+    def __init__(self, channels, classes, conditioning):
+        super().__init__()
+        self.classes, self.conditioning, self.swish = classes, conditioning, Swish()
+        self.label = nn.Embedding(classes + 1, conditioning)
+        self.step = nn.Sequential(nn.Linear(conditioning, conditioning), Swish(), nn.Linear(conditioning, conditioning))
         pairs = list(zip(channels, channels[1:]))
         self.begin = nn.Conv2d(3, channels[0], kernel_size=3, padding=1)
-        self.down = nn.ModuleList([ToldBlock(before, before, told) for before in channels[:-1]])
+        self.down = nn.ModuleList([ConditionedBlock(before, before, conditioning) for before in channels[:-1]])
         self.shrink = nn.ModuleList([nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)
                                      for before, after in pairs])
-        self.middle = nn.ModuleList([ToldBlock(channels[-1], channels[-1], told) for _ in range(2)])
+        self.middle = nn.ModuleList([ConditionedBlock(channels[-1], channels[-1], conditioning) for _ in range(2)])
         self.grow = nn.ModuleList([nn.Conv2d(after, before, kernel_size=3, padding=1) for before, after in pairs])
-        self.up = nn.ModuleList([ToldBlock(2 * before, before, told) for before in channels[:-1]])
+        self.up = nn.ModuleList([ConditionedBlock(2 * before, before, conditioning) for before in channels[:-1]])
         self.end = nn.Sequential(nn.GroupNorm(8, channels[0]), Swish(),
                                  nn.Conv2d(channels[0], 3, kernel_size=3, padding=1))
 
     def forward(self, x, steps, labels):
         # waves of the step number, of lengths from 2 pi to almost 20,000 pi (Vaswani et al. 2017)
-        count = self.told // 2
+        count = self.conditioning // 2
         frequencies = torch.exp(torch.arange(count, device=x.device).float() * (-math.log(10000) / count))
         waves = steps.float().unsqueeze(1) * frequencies
-        told = self.swish(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels))
+        conditioning = self.swish(self.step(torch.cat([waves.sin(), waves.cos()], 1)) + self.label(labels))
         x, skips = self.begin(x.contiguous()), []      # in the layout of its weights: see fastest_layout
         for block, shrink in zip(self.down, self.shrink):
-            x = block(x, told)
+            x = block(x, conditioning)
             skips.append(x)
             x = shrink(x)
         for block in self.middle:
-            x = block(x, told)
+            x = block(x, conditioning)
         for block, grow, skip in list(zip(self.up, self.grow, skips))[::-1]:
             x = grow(F.interpolate(x, size=skip.shape[2:], mode='nearest'))
-            x = block(torch.cat([x, skip], 1), told)
+            x = block(torch.cat([x, skip], 1), conditioning)
         return self.end(x)
 
 
@@ -331,7 +323,7 @@ class ClassGenerator(nn.Module):
     """
 
     def __init__(self, latent_dim, classes, channels, size):
-        super(ClassGenerator, self).__init__()
+        super().__init__()
         channels = list(channels)[::-1]
         self.start, self.channels = size >> len(channels), channels[0]
         self.label = nn.Embedding(classes, latent_dim)
@@ -357,7 +349,7 @@ class ClassDiscriminator(nn.Module):
     """
 
     def __init__(self, classes, channels, size):
-        super(ClassDiscriminator, self).__init__()
+        super().__init__()
         spectral_norm = nn.utils.spectral_norm
         layers, before = [], 3
         for after in channels:
@@ -447,13 +439,13 @@ def take_step(optimizer, loss, learning_rate):
     optimizer.step()
 
 
-def update_average(average, net, updates, most):
+def update_average(average, net, updates, max_decay):
     """Move average towards net: average = decay average + (1 - decay) net, buffers too.
 
-    The decay is updates / (updates + 20), where updates counts from 1, but at most most, so that the first weights
-    are soon forgotten.
+    The decay is updates / (updates + 20), where updates counts from 1, but at most max_decay, so that the first
+    weights are soon forgotten.
     """
-    decay = min(most, updates / (updates + 20))
+    decay = min(max_decay, updates / (updates + 20))
     with torch.no_grad():
         new = net.state_dict()
         for name, value in average.state_dict().items():
@@ -475,6 +467,24 @@ def run_batches(function, device, *inputs, batch_size=50):
     if torch.is_tensor(outputs[0]):
         return torch.cat([output.float().cpu() for output in outputs])
     return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*outputs))
+
+
+def in_threads(function, parts, device):
+    """Yield function(part) for each of parts in turn, computed on as many threads as torch has (on a GPU: on one).
+
+    Each of them computes with one thread of torch, so that a result does not depend on their number.
+    """
+    def compute(part):
+        torch.set_num_threads(1)           # for the thread that calls it
+        return function(part)
+    with ThreadPoolExecutor(1 if device.type == 'cuda' else torch.get_num_threads()) as pool:
+        futures = [pool.submit(compute, part) for part in parts]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:                           # an exception, or the keyboard, ends what has not begun
+            for future in futures:
+                future.cancel()
 
 
 def with_statistics(net, images, device):
@@ -531,26 +541,131 @@ def repeatable():
         cudnn.deterministic, cudnn.allow_tf32 = before
 
 
-def to_uint8(images):
-    """Round float images in [0, 1] to uint8."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+# -------------------------------------------------------------- digits: shared by problems 3 to 6
+
+DIGIT_NET = dict(channels=[32, 64, 128], dropout=0.5)      # channels at 28, 14 and 7 pixels
+DISCRIMINATOR_HIDDEN = 128
+FOLDER_PART = 256            # images of a folder that a thread labels at once
+
+
+def domain_loss(source, target):
+    """Mean cross-entropy of the discriminator's logits (N,) for source images and for target ones.
+
+    Source: Ganin et al. 2016, section 4.2; 1 stands for the source domain, each domain counts a half.
+    """
+    return 0.5 * (F.softplus(-source).mean() + F.softplus(target).mean())
+
+
+def domain_accuracy(source, target):
+    """Share of the discriminator's logits (N,) that are on their domain's side; each domain counts a half."""
+    return 0.5 * ((source > 0).float().mean() + (target < 0).float().mean())
+
+
+def predict(net, images, device, batch_size=250):
+    """Return the classes (N,) that a net in eval() gives to (N, 3, H, W) uint8 images."""
+    return run_batches(lambda batch: net(to_float(batch)).argmax(1), device, images, batch_size=batch_size).long()
+
+
+def predict_probabilities(net, images, device):
+    """Return the probabilities (N, 10) that a net in eval() gives to (N, 3, H, W) uint8 images."""
+    return run_batches(lambda batch: torch.softmax(net(to_float(batch)), 1), device, images)
+
+
+def digit_features(net, images, device):
+    """Return the features (N, D) that a DigitNet in eval() finds in (N, 3, 28, 28) uint8 images."""
+    return run_batches(lambda batch: net.encoder(to_float(batch)), device, images)
+
+
+def accuracy(net, images, labels, device):
+    """Share of (N, 3, H, W) uint8 images to which a net in eval() gives their labels (N,)."""
+    return (predict(net, images, device) == labels).float().mean().item()
+
+
+def nuclear_norm(probabilities):
+    """Nuclear norm of probabilities (N, 10), scaled so that it is at most 1: high if sure and diverse.
+
+    It judges predictions without labels, and likes even shares best; it is nan for a net that diverged.
+    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
+    """
+    if not torch.isfinite(probabilities).all():
+        return math.nan
+    return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
+
+
+def measure_held_out(net, images, labels, target_images, device):
+    """Measure a net in eval() on held-out images (N, 3, 28, 28) uint8 with labels, and on the target's without.
+
+    Returns a dict: accuracy on the former; of the predictions for the latter the nuclear norm and the shares of
+    the ten digits.  By these methods are compared without a label of the target.
+    """
+    probabilities = predict_probabilities(net, target_images, device)
+    return dict(accuracy=accuracy(net, images, labels, device), nuclear_norm=nuclear_norm(probabilities),
+                predicted_shares=[(probabilities.argmax(1) == digit).float().mean().item() for digit in range(10)])
+
+
+def measure_target(net, test, target, held_out, device):
+    """Measure a net in eval() at the end of its run, for which no label that is read here has chosen anything.
+
+    test and target are the DigitImages of the target's test and training images; held_out are the rows of the
+    latter that were held out.  Returns a dict: the number of test images, the accuracy on them and on held_out.
+    """
+    return dict(images=len(test.names), accuracy=accuracy(net, test.images, test.labels, device),
+                held_out_accuracy=accuracy(net, target.images[held_out], target.labels[held_out], device))
+
+
+def measure_generated(images, labels, judge, real, device):
+    """Score generated digits (N, 3, 28, 28) uint8 of labels (N,) by judge, a DigitNet in eval().
+
+    Returns a dict: accuracy, the share of them that judge reads as their labels; and frechet, the distance
+    between them and real images, in the features of judge.
+    """
+    return dict(accuracy=accuracy(judge, images, labels, device), frechet=frechet_distance(
+        digit_features(judge, images, device), digit_features(judge, real, device)))
+
+
+def label_folder(problem, ckpt, target, folder, batch_size, device):
+    """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
+
+    An image's label depends on that image alone.
+    """
+    net, checkpoint = load_net(DigitNet, ckpt, problem, device)
+    if checkpoint['settings']['target'] != target:
+        raise UserError(f'{ckpt} was trained for {checkpoint["settings"]["target"]}: name that as --target, or '
+                        'another --ckpt')
+    names = list_images(folder)
+    others = len(os.listdir(folder)) - len(names)
+    if others:
+        print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
+
+    def label_part(part):
+        images = read_images(folder, part, DIGIT_SIZE)
+        single_colour = (images == images[:, :, :1, :1]).flatten(1).all(1)
+        return predict(net, images, device, batch_size).tolist(), single_colour.tolist()
+    parts = [names[start:start + FOLDER_PART] for start in range(0, len(names), FOLDER_PART)]
+    labels, single_colour, shown = [], [], time.time()
+    for part_labels, part_single_colour in in_threads(label_part, parts, device):
+        labels += part_labels
+        single_colour += part_single_colour
+        if time.time() - shown > 2:
+            print(f'{len(labels):,} of {len(names):,} images', flush=True)
+            shown = time.time()
+    if any(single_colour):
+        warn(f'{names[single_colour.index(True)]} has a single colour ({sum(single_colour)} such of {len(names)} '
+             'images): its label means nothing')
+    return names, labels
 
 
 # --------------------------------------------------------------------------------- a training run
 
-# what the state of a run holds besides what a script keeps
-STATE = ('ckpt', 'step', 'seconds', 'settings', 'facts', 'precision', 'command', 'chosen', 'log', 'rng', 'torch_rng')
-
-
-class Run(object):
+class Run:
     """One training run from its start, or from where it stopped, to its end: all but the algorithm.
 
     The checkpoint of a run appears at its end, and beside it its log: run.pth and run.jsonl.  Until then
     run_last.pth holds the state from which --resume goes on as if the run had never stopped, and
     run_last.jsonl the log up to that state.  A script uses a Run like this:
 
-        run = Run(args, PROBLEM, DEFAULTS, constants(), args.ckpt)
-        net = run.keep(net=Net(**NET))                   # is saved with the run, and restored by --resume
+        run = Run(args, PROBLEM, DEFAULTS, constants(), ckpt)
+        net = run.keep('net', Net(**NET))                # is saved with the run, and restored by --resume
         run.facts(net, training_images=len(images))
         for step in run.steps(LOG_EVERY, SAVE_EVERY):
             rows = torch.randint(..., generator=run.rng)
@@ -563,36 +678,31 @@ class Run(object):
         run.finish(net, NET, metrics)
 
     args are the flags of the command line.  defaults are the settings that have a flag of the same name.
-    constants are the constants of the method, with names in capitals.  given takes precedence over args.
+    constants are the constants of the method, with names in capitals.
 
     Attributes: settings (flags and constants), last_step, batch_size, device, precision, resumed (bool), rng (a
     torch.Generator with the seed of the run); in the loop also step, logs and saves (whether this step does).
 
     Raises UserError if a flag contradicts the saved run, if the method has changed since, if a new run would
-    overwrite an unfinished one, or if ckpt is a file of another kind.
+    overwrite an unfinished one, or if ckpt is a file of another kind or cannot be written.
     """
 
-    def __init__(self, args, problem, defaults, constants, ckpt, given=None):
-        if os.path.isdir(ckpt):
-            raise UserError(f'{ckpt} is a folder: name a file for --ckpt')
-        check_no_device(ckpt)
+    def __init__(self, args, problem, defaults, constants, ckpt):
+        check_output(ckpt, (os.path.splitext(ckpt)[1],))
         if os.path.exists(ckpt):
             load_checkpoint(ckpt, problem)             # a file of another kind must not be overwritten
         self.problem, self.ckpt, self.base = problem, ckpt, base_of(ckpt)
         self.device = pick_device(args.device)
         self.state_path = self.base + '_last.pth'
-        remove_leftovers(self.base)
-        given = dict({name: getattr(args, name) for name in defaults}, **given or {})
-        given = {name: value for name, value in given.items() if value is not None}
         self.state = self._find_state(args.resume)
         self.resumed = self.state is not None
         if self.resumed:
-            self._check_resumed(given, plain(constants))
+            self._check_resumed(given_flags(args, defaults), plain(constants))
             self.settings, self.precision = self.state['settings'], self.state['precision']
             self.command, self.chosen = self.state['command'], self.state['chosen']
             self.records, self.step = self.state['log'], self.state['step']
         else:
-            self.settings = plain(dict(defaults, **given, **constants))
+            self.settings = plain(dict(defaults, **given_flags(args, defaults), **constants))
             self.precision, self.command, self.chosen = pick_precision(self.device), args.command, None
             self.records, self.step = [], 0
         self.last_step, self.batch_size = self.settings['steps'], self.settings['batch_size']
@@ -611,46 +721,34 @@ class Run(object):
                 print(f'{self.state_path} does not exist yet: starting a new run', flush=True)
             return None
         state = load_checkpoint(self.state_path, state_of(self.problem))
-        self._check_has(state, *STATE)
-        if state['ckpt'] != os.path.basename(self.ckpt):
-            raise UserError(f'{self.state_path} belongs to --ckpt {state["ckpt"]}: name that, or a --ckpt that differs '
-                            'in more than .pth')
-        if resume:
-            return state
-        step, steps = state['step'], state['settings']['steps']
-        if step < steps:
-            raise UserError(f'{self.state_path} holds a run at step {step} of {steps}: if it was stopped, add --resume '
-                            'to go on with it, or delete it to start anew')
-        return None
+        if not resume and state['step'] < state['settings']['steps']:
+            raise UserError(f'{self.state_path} holds a run at step {state["step"]} of {state["settings"]["steps"]}: '
+                            'if it was stopped, add --resume to go on with it, or delete it to start anew')
+        return state if resume else None
 
-    def _check_has(self, state, *names):
-        for name in names:
-            if name not in state:
-                raise UserError(f'{self.state_path} was saved by another version of this program and lacks {name}: '
-                                'delete it and train anew')
-
-    def _check_resumed(self, given, constants):
+    def _check_resumed(self, flags, constants):
         settings = self.state['settings']
-        for name, value in given.items():
-            if value != settings.get(name):
-                raise UserError(f'{self.state_path} was started with --{name} {settings.get(name)}: resume without '
+        for name, value in flags.items():
+            if value != settings[name]:
+                raise UserError(f'{self.state_path} was started with --{name} {settings[name]}: resume without '
                                 f'--{name}, or delete it to start anew')
-        check_constants(self.state_path, settings, constants)
+        for name, value in constants.items():
+            if settings.get(name) != value:
+                raise UserError(f'{self.state_path} was made with {name} = {settings.get(name)}, and the script now '
+                                f'has {value}: undo that change, or delete the run to make it anew')
 
-    def keep(self, **named):
-        """Return the one named thing; it is saved with the run, and restored here by --resume.
+    def keep(self, name, thing):
+        """Return thing, which is saved with the run under name, and restored here by --resume.
 
         It is a net, which moves to the device, in the memory layout in which it trains fastest; an
         optimizer; or a tensor or a list, which must then be changed in place.  Call it before steps().
         """
-        (name, thing), = named.items()
         if isinstance(thing, nn.Module):
             thing = fastest_layout(thing.to(self.device))
         elif torch.is_tensor(thing):
             thing = thing.to(self.device)
         self.kept[name] = thing
         if self.resumed:
-            self._check_has(self.state, name)
             saved = self.state[name]
             if torch.is_tensor(thing):
                 thing.copy_(saved)
@@ -740,8 +838,7 @@ class Run(object):
         kept = {name: thing.state_dict() if hasattr(thing, 'state_dict') else thing
                 for name, thing in self.kept.items()}
         save_checkpoint(self.state_path, dict(
-            kept, problem=state_of(self.problem), ckpt=os.path.basename(self.ckpt), step=self.step,
-            seconds=time.time() - self.start,
+            kept, problem=state_of(self.problem), step=self.step, seconds=time.time() - self.start,
             settings=self.settings, facts=self.described, precision=self.precision,
             command=self.command, chosen=self.chosen, log=self.records, rng=self.rng.get_state(),
             torch_rng=torch.get_rng_state(),
@@ -755,7 +852,7 @@ class Run(object):
         return net.to(self.device).eval()
 
     def finish(self, net, config, metrics, **more):
-        """Write the checkpoint of net, which config rebuilds, its sum, and at last the log.
+        """Write the checkpoint of net, which config rebuilds, its SHA-256, and at last the log.
 
         metrics are what was measured on the test images; more goes into the checkpoint too.
         """
@@ -764,9 +861,19 @@ class Run(object):
         save_checkpoint(self.ckpt, dict(
             more, problem=self.problem, step=chosen.get('chosen_step', self.step), config=config,
             net=plain_state(net), settings=self.settings, metrics=metrics, command=self.command))
-        write_sum(self.ckpt)
+        write_sha256(self.ckpt)
         write_log(self.base + '.jsonl', self.records)
         print(self.ckpt + ': ' + ', '.join(f'{name.replace("_", " ")} {value:.5g}' for name, value in metrics.items()))
+
+
+def given_flags(args, defaults):
+    """Return the settings that were given as flags."""
+    return {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+
+
+def plain(values):
+    """Return values as JSON gives them back, so that settings can be compared with those of a file."""
+    return json.loads(json.dumps(values))
 
 
 def base_of(ckpt):
@@ -779,41 +886,49 @@ def state_of(problem):
     return f'{problem} (training state)'
 
 
-def remove_leftovers(base):
-    """Remove the temporary files of a run that was killed while saving, but not those of a live run."""
-    folder, stem = os.path.split(os.path.abspath(base))
-    name = re.compile(r'\.(\d+)\.' + re.escape(stem) + r'(\.pth|\.jsonl|_last\.pth|_last\.jsonl)?')
-    for leftover in os.listdir(folder) if os.path.isdir(folder) else ():
-        found = name.fullmatch(leftover)
-        if found and not is_running(int(found.group(1))):
-            os.remove(os.path.join(folder, leftover))
+def default_path(args, defaults, shipped):
+    """Return the checkpoint of a run: --ckpt or, for a run with the default settings, the shipped one.
+
+    Raises UserError if a flag differs from defaults and no --ckpt is given, since the shipped one would be lost.
+    """
+    changed = [name for name, value in sorted(given_flags(args, defaults).items()) if value != defaults[name]]
+    if changed and not args.ckpt:
+        raise UserError(f'only a run with the default settings replaces {shipped}, and --{changed[0]} differs from its '
+                        'default: name another file with --ckpt')
+    return args.ckpt or shipped
 
 
-def is_running(process):
-    """Return whether there is a process of this number."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass                               # it is another user's
-    return True
+def run_path(problem, defaults, settings, name):
+    """Return the checkpoint of a run of problem 3 or 4: one for each target is shipped, others share a folder.
+
+    name says what the run trains; what differs from defaults beside the seed is in the path too.
+    """
+    if settings == dict(defaults, target=settings['target'], source=SOURCE_OF[settings['target']]):
+        return os.path.join(CHECKPOINTS, f'{problem}_{settings["target"]}.pth')
+    changed = ''.join(f'_{other}{settings[other]}' for other in ('steps', 'batch_size')
+                      if settings[other] != defaults[other])
+    return os.path.join(CHECKPOINTS, f'{problem[:2]}_runs', f'{settings["source"]}_{settings["target"]}',
+                        f'{name}{changed}_seed{settings["seed"]}.pth')
 
 
-def plain(values):
-    """Return values as JSON gives them back, so that settings can be compared with those of a file."""
-    return json.loads(json.dumps(values))
+def read_results(problem, shipped):
+    """Return {name of a row of the table: its results} of problem 3 or 4, from the logs of its finished runs.
 
+    shipped is the row of the runs that are shipped.  A result is a dict of source, target, seed, log (the path) and
+    what was measured at the end.  Raises UserError if there is no log.
+    """
+    rows = {}
+    for path in sorted(glob.glob(os.path.join(CHECKPOINTS, problem + '_*.jsonl'))
+                       + glob.glob(os.path.join(CHECKPOINTS, problem[:2] + '_runs', '*', '*.jsonl'))):
+        if path.endswith('_last.jsonl'):
+            continue
+        log, name = read_log(path), re.match(r'(.+)_seed\d+\.jsonl', os.path.basename(path))
+        result = dict({key: log[0]['settings'][key] for key in ('source', 'target', 'seed')}, log=path, **log[-1])
+        rows.setdefault(name.group(1) if name else shipped, []).append(result)
+    if not rows:
+        raise UserError(f'{CHECKPOINTS} has no log of a run of {problem}: bash report/train_tables.sh makes them')
+    return rows
 
-def check_constants(path, settings, constants):
-    """Raise UserError if the settings of the run at path have other constants of the method than these."""
-    for name, value in constants.items():
-        if settings.get(name) != value:
-            raise UserError(f'{path} was made with {name} = {settings.get(name)}, and the script now has {value}: '
-                            'undo that change, or delete the run to make it anew')
-
-
-# -------------------------------------------------------------------------------------- on the disk
 
 def plain_state(net):
     """Return net's state_dict as contiguous float32 or int64 tensors on the CPU."""
@@ -836,433 +951,75 @@ def save_checkpoint(path, checkpoint):
     write_whole(path, write)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads tensors and plain containers alone: a checkpoint from elsewhere runs no code of its own.
-
-    For a torch without weights_only.
-    """
-
-    def find_class(self, module, name):
-        known = (module, name) in (('collections', 'OrderedDict'), ('torch', 'Size'),
-                                   ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'))
-        if not known and not (module == 'torch' and name.endswith('Storage') and name.isalpha()):
-            raise pickle.UnpicklingError(f'it wants to run {module}.{name}')
-        return super(PlainUnpickler, self).find_class(module, name)
-
-
-class PlainPickle(object):
-    """What torch.load needs of the module pickle, with PlainUnpickler in place of its Unpickler."""
-
-    Unpickler = PlainUnpickler
-    load = staticmethod(lambda file, **options: PlainUnpickler(file, **options).load())
-
-
 def load_checkpoint(path, problem):
     """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU.
 
-    Raises UserError if path is missing, torn, of a newer torch, no checkpoint or one of another problem.
+    Raises UserError if path is missing, torn, no checkpoint or one of another problem.
     """
-    script, fix = problem.split()[0], 'name another file'
-    folder, name = os.path.split(os.path.abspath(path))
-    shipped = folder == CHECKPOINTS and name in [script + '.pth'] + [f'{script}_{target}.pth' for target in SOURCE_OF]
-    if problem == state_of(script):
-        fix = 'delete it and train anew'
-    elif shipped:
-        fix = f'restore it with git, or let hw3_{problem[:2]}.sh fetch it again'
-    if not os.path.exists(path):
-        raise UserError(f'there is no checkpoint {path}: train one with {script}.py --train'
-                        + (f', restore it with git, or let hw3_{problem[:2]}.sh fetch it' if shipped else ''))
     if not os.path.isfile(path):
-        raise UserError(f'{path} is a folder or a device, no checkpoint: name another file')
-    if zipfile.is_zipfile(path) and tuple(map(int, torch.__version__.split('.')[:2])) < (1, 6):
-        with zipfile.ZipFile(path) as file:
-            if any(name.endswith('data.pkl') for name in file.namelist()):
-                raise UserError(f'{path} was saved by a newer torch than this {torch.__version__}: save it again there '
-                                'with torch.save(..., _use_new_zipfile_serialization=False)')
-    # torch 1.4 would hand weights_only on to pickle
-    safe = dict(weights_only=True) if 'weights_only' in signature(torch.load).parameters else dict(
-        pickle_module=PlainPickle)
+        raise UserError(f'there is no checkpoint {path}: train one with {problem.split()[0]}.py --train, or restore it '
+                        'with git')
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():    # a newer torch says that this format is old
             warnings.simplefilter('ignore')
-            checkpoint = torch.load(path, map_location='cpu', **safe)
-    except Exception as error:     # a torn pickle can raise nearly anything
+            checkpoint = torch.load(path, map_location='cpu')
+    except Exception as error:             # a torn file raises nearly anything
         if is_out_of_memory(error):
             raise
-        # today's torch then goes on about its weights_only, by many lines
-        reason = 'it is no plain torch file' if isinstance(error, pickle.UnpicklingError) else str(error)[:80]
-        raise UserError(f'{path} is no checkpoint or a torn one ({type(error).__name__}: {reason}): {fix}') from error
-    if not isinstance(checkpoint, dict) or 'problem' not in checkpoint:
-        raise UserError(f'{path} is no checkpoint of this project, which says what problem it is of: {fix}')
-    if checkpoint['problem'] != problem:
-        raise UserError(f'{path} is a checkpoint of {checkpoint["problem"]}, not of {problem}: name another file')
+        raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads ({first_line(error)}): '
+                        'delete it, and train anew or restore it with git') from error
+    if not isinstance(checkpoint, dict) or checkpoint.get('problem') != problem:
+        other = checkpoint.get('problem') if isinstance(checkpoint, dict) else None
+        raise UserError(f'{path} is a checkpoint of {other or "something else"}, not of {problem}: name another file')
     return checkpoint
 
 
 def load_net(kind, path, problem, device):
-    """Return (net in eval() on device, checkpoint) of a checkpoint that a Run finished.
+    """Return (net in eval() on device, checkpoint) of a checkpoint that a Run finished; kind is the class of the net.
 
-    kind is the class of the net.  What nn.DataParallel (module.) or torch.compile (_orig_mod.) puts before the
-    names of weights is dropped.  Raises UserError if they do not fit the net, or are not finite.
+    Raises UserError if the weights do not fit the net.
     """
     checkpoint = load_checkpoint(path, problem)
-    fix = f'it is not as {problem}.py --train writes it: name another file'
     try:
         net = kind(**checkpoint['config'])
-        weights = OrderedDict()
-        for name, value in checkpoint['net'].items():
-            while name.startswith(('module.', '_orig_mod.')):
-                name = name.split('.', 1)[1]
-            weights[name] = value
-        sizes, found = [{name: tuple(value.shape) for name, value in state.items()}
-                        for state in (net.state_dict(), weights)]
-    except Exception as error:     # the file's config and net may hold anything
-        if is_out_of_memory(error):
-            raise
-        reason = f'{type(error).__name__}: {str(error)[:80]}'
-        raise UserError(f'{path} does not say what net it is of ({reason}): {fix}') from error
-    for wrong, says in ((sizes.keys() - found.keys(), 'lacks {}'), (found.keys() - sizes.keys(), 'has {} too many'),
-                        ({name for name in sizes if sizes[name] != found.get(name)}, 'has another size of {}'),
-                        ({name for name in sizes if not torch.isfinite(weights[name].float()).all()}
-                         if sizes == found else (), 'has values that are not finite in {}')):
-        if wrong:
-            raise UserError(f'{path} {says.format(min(wrong))} ({len(wrong)} such weights): {fix}')
-    net.load_state_dict(weights)
+        net.load_state_dict(checkpoint['net'])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f'{path} does not fit {kind.__name__} ({first_line(error)}): name a file as {problem}.py '
+                        '--train writes it') from error
     return net.to(device).eval(), checkpoint
 
 
-def file_sum(path):
+def first_line(error):
+    """Return the kind of an error and the beginning of the first line of its text."""
+    return f'{type(error).__name__}: ' + (str(error).strip().splitlines() or [''])[0][:80]
+
+
+def sha256(path):
     """Return the SHA-256 of a file's content in hexadecimal."""
     with open(path, 'rb') as file:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-@contextlib.contextmanager
-def alone_in(folder):
-    """No other process is in this context of the same folder; others wait.  On Windows they do not."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_sum(path):
+def write_sha256(path):
     """Put path's SHA-256 into the SHA256SUMS beside it, if there is one, as sha256sum prints it."""
     folder, name = os.path.split(os.path.abspath(path))
     sums = os.path.join(folder, 'SHA256SUMS')
-    if not os.path.exists(sums):
-        return
-
-    def write(temporary):
-        with open(temporary, 'w') as file:
-            file.writelines(line + '\n' for line in sorted(lines, key=lambda line: line.split(None, 1)[-1]))
-    with alone_in(folder):
+    if os.path.exists(sums):
         with open(sums) as file:
-            lines = [line for line in file.read().splitlines() if line.strip() and line.split(None, 1)[-1] != name]
-        lines.append(f'{file_sum(path)}  {name}')
-        write_whole(sums, write)
+            lines = [line for line in file.read().splitlines() if line.split()[-1] != name]
+        lines.append(f'{sha256(path)}  {name}')
+        write_text(sums, ''.join(line + '\n' for line in sorted(lines, key=lambda line: line.split()[-1])))
 
 
 def write_log(path, records):
     """Write records (dicts) to path as JSON lines, whole or not at all."""
-    def write(temporary):
-        with open(temporary, 'w') as file:
-            file.writelines(json.dumps(record) + '\n' for record in records)
-    write_whole(path, write)
+    write_text(path, ''.join(json.dumps(record) + '\n' for record in records))
 
 
 def read_log(path):
-    """Return the records (dicts) of a JSON-lines log.  Raises UserError if it is missing or no log."""
+    """Return the records (dicts) of a JSON-lines log.  Raises UserError if it is missing."""
     if not os.path.isfile(path):
         raise UserError(f'there is no log {path}: --train writes it beside its checkpoint, and '
                         'tests/benchmark.py those of the measurements')
-    try:
-        with open(path) as file:
-            records = [json.loads(line) for line in file]
-    except ValueError as error:
-        raise UserError(f'{path} is no log ({error}): restore it with git, or train anew') from error
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f'{path} is empty or no log: restore it with git, or train anew')
-    return records
-
-
-# -------------------------------------------------------------------- shared by problems 3 and 4
-
-DIGIT_NET = dict(channels=[32, 64, 128], dropout=0.5)      # channels at 28, 14 and 7 pixels
-DISCRIMINATOR_HIDDEN = 128
-PROCESSES = 8                # at most, in labelling a folder
-SHARE = 256                  # images that a process reads at once
-
-
-def domain_loss(source, target):
-    """Mean cross-entropy of the discriminator's logits (N,) for source images and for target ones.
-
-    Source: Ganin et al. 2016, section 4.2; 1 stands for the source domain, each domain counts a half.
-    """
-    return 0.5 * (F.softplus(-source).mean() + F.softplus(target).mean())
-
-
-def domain_accuracy(source, target):
-    """Share of the discriminator's logits (N,) that are on their domain's side; each domain counts a half."""
-    return 0.5 * ((source > 0).float().mean() + (target < 0).float().mean())
-
-
-def predict(net, images, device, batch_size=250):
-    """Return the classes (N,) that a net in eval() gives to (N, 3, H, W) uint8 images."""
-    return run_batches(lambda batch: net(to_float(batch)).argmax(1), device, images,
-                       batch_size=batch_size).long()
-
-
-def probabilities_of(net, images, device):
-    """Return the probabilities (N, 10) that a net in eval() gives to (N, 3, H, W) uint8 images."""
-    return run_batches(lambda batch: torch.softmax(net(to_float(batch)), 1), device, images)
-
-
-def accuracy(net, images, labels, device):
-    """Share of (N, 3, H, W) uint8 images to which a net in eval() gives their labels (N,)."""
-    return (predict(net, images, device) == labels).float().mean().item()
-
-
-def nuclear_norm(probabilities):
-    """Nuclear norm of probabilities (N, 10), scaled so that it is at most 1: high if sure and diverse.
-
-    It judges predictions without labels, and likes even shares best; it is nan for a net that diverged.
-    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
-    """
-    if not torch.isfinite(probabilities).all():
-        return math.nan
-    return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
-
-
-def measure_digits(net, images, labels, watched, device):
-    """Measure a net in eval() on held-out images (N, 3, 28, 28) uint8 with labels, and on watched ones without.
-
-    Returns a dict: accuracy on the former; of the predictions for the latter, which are the target's, the nuclear
-    norm and the shares of the ten digits.  By these methods are compared without a label of the target.
-    """
-    probabilities = probabilities_of(net, watched, device)
-    return dict(accuracy=accuracy(net, images, labels, device), nuclear_norm=nuclear_norm(probabilities),
-                predicted_shares=[(probabilities.argmax(1) == digit).float().mean().item() for digit in range(10)])
-
-
-def measure_target(net, test, target, watched, device):
-    """Measure a net in eval() at the end of its run, for which no label that is read here has chosen anything.
-
-    test and target are the DigitImages of the target's test and training images; watched are the rows of the
-    latter that were held out.  Returns a dict: the number of test images, the accuracy on them and on watched.
-    """
-    return dict(images=len(test.names), accuracy=accuracy(net, test.images, test.labels, device),
-                held_out_accuracy=accuracy(net, target.images[watched], target.labels[watched], device))
-
-
-def label_folder(problem, ckpt, target, folder, batch_size, device):
-    """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
-
-    On Linux, a CPU divides the images among one process for each core, at most PROCESSES.  An image's label
-    depends on that image alone.
-    """
-    torch.set_num_threads(1)               # in each process; two threads would wait for a busy core
-    net, checkpoint = load_net(DigitNet, ckpt, problem, device)
-    settings = checkpoint.get('settings')
-    trained_for = settings.get('target') if isinstance(settings, dict) else None
-    if trained_for != target:
-        raise UserError(f'{ckpt} was trained for {trained_for}: name that as --target, or another --ckpt'
-                        if trained_for in SOURCE_OF else
-                        f'{ckpt} does not say for which target it was trained: name another --ckpt')
-    names = list_images(folder)
-    others = len(os.listdir(folder)) - len(names)
-    if others:
-        print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
-    shares = [names[start:start + SHARE] for start in range(0, len(names), SHARE)]
-    found = in_processes(process_count(device, len(shares)), label_share, shares, net, folder, batch_size, device)
-    labels, flat, shown = [], [], time.time()
-    for (digits, of_one_colour), share in zip(found, shares):      # found first: it ends its processes at its end
-        labels += digits
-        flat += [name for name, one in zip(share, of_one_colour) if one]
-        if time.time() - shown > 2:
-            print(f'{len(labels):,} of {len(names):,} images', flush=True)
-            shown = time.time()
-    if flat:
-        warn(f'{flat[0]} has a single colour ({len(flat)} such of {len(names)} images): its label means nothing')
-    return names, labels
-
-
-def label_share(names, net, folder, batch_size, device):
-    """Return the digits of some of a folder's images, and which of these images have a single colour."""
-    images = read_images(folder, names, DIGIT_SIZE)
-    flat = (images == images[:, :, :1, :1]).flatten(1).all(1)
-    return predict(net, images, device, batch_size).tolist(), flat.tolist()
-
-
-def process_count(device, parts):
-    """Return in how many processes so many parts of a task are to be computed on device.
-
-    Forked processes have the net without loading it; elsewhere than on Linux forking is not safe.
-    """
-    if device.type == 'cuda' or sys.platform != 'linux':
-        return 1
-    return min(PROCESSES, len(os.sched_getaffinity(0)), parts)
-
-
-def in_processes(count, function, parts, *inputs):
-    """Yield function(part, *inputs) for each of parts in turn, computed in count processes (1: in this one).
-
-    An exception in one of them is raised here; all of them end with this function.
-    """
-    if count == 1:
-        for part in parts:
-            yield function(part, *inputs)
-        return
-    forked = multiprocessing.get_context('fork')
-    pipes = [forked.Pipe(duplex=False) for _ in range(count)]
-    workers = [forked.Process(target=work, args=(index, pipes, function, parts[index::count], inputs), daemon=True)
-               for index in range(count)]
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)         # the keyboard stops this process, and it them
-    try:
-        for worker in workers:
-            worker.start()
-        for _, sender in pipes:
-            sender.close()
-        signal.signal(signal.SIGINT, handler)
-        for index in range(len(parts)):
-            try:
-                result = pipes[index % count][0].recv()
-            except EOFError:
-                raise UserError('a process was ended from outside, probably for want of memory: free some') from None
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-                worker.join()
-
-
-def work(index, pipes, function, parts, inputs):
-    """Send function(part, *inputs) for each of parts through the pipe of this process, or an exception."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other, (receiver, sender) in enumerate(pipes):
-        receiver.close()                   # so that sending fails once the first process is gone
-        if other != index:
-            sender.close()
-    try:
-        for part in parts:
-            pipes[index][1].send(function(part, *inputs))
-    except (BrokenPipeError, KeyboardInterrupt):
-        pass
-    except Exception as error:
-        pipes[index][1].send(error)
-
-
-def own_path(args, defaults, shipped):
-    """Return the checkpoint of a run: --ckpt or, for a run with the default settings, the shipped one.
-
-    Raises UserError if a flag differs from defaults and no --ckpt is given, since the shipped one would be lost.
-    """
-    changed = [name for name, value in sorted(defaults.items()) if getattr(args, name) not in (None, value)]
-    if changed and not args.ckpt:
-        raise UserError(f'only a run with the default settings replaces {shipped}, and --{changed[0]} differs from its '
-                        'default: name another file with --ckpt')
-    return args.ckpt or shipped
-
-
-def run_path(problem, defaults, settings, name):
-    """Return the checkpoint of a run: runs of a scenario share a folder, one for each target is shipped.
-
-    name says what the run trains; what differs from defaults beside the seed is in the path too.
-    """
-    if settings == dict(defaults, target=settings['target'], source=SOURCE_OF[settings['target']]):
-        return os.path.join(CHECKPOINTS, f'{problem}_{settings["target"]}.pth')
-    changed = ''.join(f'_{other}{settings[other]}' for other in ('steps', 'batch_size')
-                      if settings[other] != defaults[other])
-    return os.path.join(CHECKPOINTS, f'{problem[:2]}_runs', f'{settings["source"]}_{settings["target"]}',
-                        f'{name}{changed}_seed{settings["seed"]}.pth')
-
-
-def results_path(problem):
-    """Return the log that gathers the results of a problem's table."""
-    return os.path.join(CHECKPOINTS, f'{problem[:2]}_results.jsonl')
-
-
-def digit_runs(args, problem, defaults, constants, cells, name_of):
-    """Yield the Run of --target, or every Run of the table that the other flags leave and that is to be trained.
-
-    cells are the settings of the runs of both tables (--directions), name_of(settings) names one.  With --resume
-    finished runs are left out; between runs the results of all that are finished are gathered.
-    """
-    table = []
-    for cell in cells:
-        settings = dict(defaults, **cell)
-        table.append((settings, run_path(problem, defaults, settings, name_of(settings))))
-    flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
-    if args.target:
-        settings = dict(defaults, source=SOURCE_OF[args.target])
-        path = run_path(problem, defaults, dict(settings, **flags), name_of(dict(settings, **flags)))
-        yield Run(args, problem, settings, constants, args.ckpt or path)
-        if not args.ckpt:
-            gather_results(problem, table, constants, name_of)
-        return
-    names, sources = set(cells[0]), DIRECTIONS[args.directions or 'asked']
-    chosen = [(dict(settings, **flags), path) for settings, path in table
-              if settings['source'] == sources[settings['target']]
-              and all(settings[name] == value for name, value in flags.items() if name in names)]
-    if not chosen:
-        raise UserError('no run of the table has these flags: say --target, not --directions, to train one of its own')
-    for settings, _ in chosen:
-        path = run_path(problem, defaults, settings, name_of(settings))
-        if args.resume and is_finished(path, dict(settings, **constants)):
-            print(f'{path} is finished', flush=True)
-        else:
-            yield Run(args, problem, defaults, constants, path, given=settings)
-        gather_results(problem, table, constants, name_of)
-
-
-def is_finished(path, settings):
-    """Return whether the run of the checkpoint at path is finished, and was not started again since.
-
-    Raises UserError if that run has other constants of the method than settings.
-    """
-    log, state = base_of(path) + '.jsonl', base_of(path) + '_last.pth'
-    if not os.path.exists(log):
-        return False
-    records = read_log(log)
-    check_constants(log, records[0].get('settings', {}),
-                    plain({name: value for name, value in settings.items() if name.isupper()}))
-    return records[-1].get('kind') == 'test' and not (
-        os.path.exists(state) and os.path.getmtime(state) > os.path.getmtime(log))
-
-
-def gather_results(problem, table, constants, name_of):
-    """Write into one log what the finished runs of a table, [(settings, path)], measured on test images."""
-    os.makedirs(CHECKPOINTS, exist_ok=True)
-    with alone_in(CHECKPOINTS):
-        records = []
-        for settings, path in table:
-            log = base_of(path) + '.jsonl'
-            try:
-                lines = read_log(log) if os.path.exists(log) else []
-            except UserError as error:
-                warn(f'the table leaves out a run: {error}')
-                continue
-            if lines and lines[-1]['kind'] == 'test' and lines[0].get('settings') == plain(
-                    dict(settings, **constants)):
-                metrics = {name: value for name, value in lines[-1].items() if name not in ('kind', 'step')}
-                records.append(dict(kind='result', row=name_of(settings), source=settings['source'],
-                                    target=settings['target'], seed=settings['seed'],
-                                    log=os.path.relpath(log, os.path.dirname(CHECKPOINTS)), **metrics))
-        write_log(results_path(problem), records)
-
-
-def rows_of(problem):
-    """Return {name of a row: its records} of a problem's table."""
-    rows = {}
-    for record in read_log(results_path(problem)):
-        rows.setdefault(record['row'], []).append(record)
-    return rows
+    with open(path) as file:
+        return [json.loads(line) for line in file]

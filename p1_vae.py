@@ -20,12 +20,12 @@ import os
 import numpy as np
 import torch
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels, draw_points,
-                      embed, log_axis, make_grid, new_figure, new_parser, parse_shared, random_flip, rounded,
-                      run_command, save_figure, save_picture, save_single, split_held_out, to_float, write_text)
-from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, file_sum, load_net,
-                    on_device, own_path, pick_device, read_log, run_batches, set_learning_rate, to_uint8,
-                    update_average)
+from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_output,
+                      data_checksum, make_grid, new_parser, number_between, parse_shared, random_flip, run_command,
+                      save_picture, save_single_images, split_held_out, to_float, to_uint8, write_table, write_text)
+from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, default_path, load_net, on_device,
+                    pick_device, read_log, run_batches, set_learning_rate, sha256, update_average)
+from report import figures
 
 PROBLEM = 'p1_vae'
 CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
@@ -109,7 +109,7 @@ def measure(vae, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), own_path(args, DEFAULTS, CKPT))
+    run = Run(args, PROBLEM, DEFAULTS, constants(), default_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
@@ -120,12 +120,13 @@ def train(args):
         vae, checkpoint = load_net(VAE, settings['init'], PROBLEM, device)
         if checkpoint['config'] != settings['NET']:
             raise UserError(f'{settings["init"]} has a net of other sizes than NET in this script: name another --init')
-    vae = run.keep(net=vae).train()
-    average = run.keep(average=copy.deepcopy(vae)).eval()
-    run.facts(vae, training_images=len(training), held_out=len(held_out), data=content_sum(faces.images, test.images),
-              **{'init_sum': file_sum(settings['init'])} if settings['init'] and not run.resumed else {})
+    vae = run.keep('net', vae).train()
+    average = run.keep('average', copy.deepcopy(vae)).eval()
+    run.facts(vae, training_images=len(training), held_out=len(held_out), data=data_checksum(faces.images, test.images),
+              **{'init_sum': sha256(settings['init'])} if settings['init'] and not run.resumed else {})
     # optimizers
-    optimizer = run.keep(optimizer=torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10))
+    optimizer = run.keep('optimizer', torch.optim.Adam(
+        vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), eps=1e-10))
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch
@@ -149,10 +150,10 @@ def train(args):
         # log and save
         run.log(reconstruction=reconstruction.detach(), kl=kl.detach(), learning_rate=learning_rate)
         if run.saves:
-            found = measure(average, held_out, device)
-            found['loss'] = found['reconstruction'] + settings['lambda_kl'] * found['kl']
-            run.measured(**found)
-            run.choose(found['loss'], average)
+            errors = measure(average, held_out, device)
+            held_out_loss = errors['reconstruction'] + settings['lambda_kl'] * errors['kl']
+            run.measured(**errors, loss=held_out_loss)
+            run.choose(held_out_loss, average)
     # final check from file
     vae = run.from_file(VAE(**NET), 'chosen')
     run.finish(vae, NET, dict(lambda_kl=settings['lambda_kl'], images=len(test.names),
@@ -164,19 +165,21 @@ def train(args):
 def infer(args):
     """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
     if args.n is None:
-        check_out(args.out, PICTURE_ENDINGS)
+        check_output(args.out, PICTURE_ENDINGS)
+    else:
+        check_new_folder(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     vae = load_net(VAE, args.ckpt or CKPT, PROBLEM, device)[0]
-    images = draw_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)
+    images = generate_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)
     if args.n is None:
         save_picture(args.out, make_grid(images, COLUMNS))
     else:
-        save_single(args.out, images)
+        save_single_images(args.out, images)
 
 
-def draw_faces(vae, count, seed, device):
-    """Draw count faces from N(0, I): (count, 3, 64, 64) uint8."""
+def generate_faces(vae, count, seed, device):
+    """Generate count faces from N(0, I): (count, 3, 64, 64) uint8."""
     return decode_noise(vae.decoder, count, vae.decoder.project.in_features, seed, device)
 
 
@@ -188,64 +191,62 @@ def plot(args):
     ckpt = args.ckpt or CKPT
     vae = load_net(VAE, ckpt, PROBLEM, device)[0]
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
-    wanted = test.column(args.attribute) if args.attribute else None
-    of_faces, means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, one.images)
-                       for one in (faces, test)]
-    attributes = read_attributes(faces, of_faces, test, means)
-    attribute = wanted or attributes[0][0]
-    accuracies = {name: on_test for name, _, on_test in attributes}
+    train_means, test_means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, split.images)
+                               for split in (faces, test)]
+    accuracies = attribute_accuracies(faces, train_means, test, test_means)
+    attribute = args.attribute or max(accuracies, key=lambda name: accuracies[name][0])
     if attribute not in accuracies:
         raise UserError(f'some part of the data has no faces with {attribute}, or none without: choose another '
                         '--attribute')
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     write_text(os.path.join(args.out, 'fig1_1.txt'), f'{vae}\n')
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
-    plot_reconstructions(os.path.join(args.out, 'table1_3.jpg'), vae, test, means, device)
+    plot_reconstructions(os.path.join(args.out, 'table1_3.jpg'), vae, test, test_means, device)
     for ending in PICTURE_ENDINGS[:2]:     # the report shows the smaller file
         save_picture(os.path.join(args.out, 'fig1_4' + ending),
-                     make_grid(draw_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
-    write_text(os.path.join(args.out, 'table1_5.csv'), 'attribute,held-out,test\n' + ''.join(
-        f'{name},{rounded(100 * on_held_out, 1)},{rounded(100 * on_test, 1)}\n'
-        for name, on_held_out, on_test in attributes))
-    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), means, test.attribute(attribute), attribute,
-                      accuracies[attribute])
-    plot_directions(os.path.join(args.out, 'fig1_6.jpg'), vae, test, means, attribute, device)
+                     make_grid(generate_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
+    write_table(os.path.join(args.out, 'table1_5.csv'), [('attribute', 'held-out', 'test')] + [
+        (name, figures.rounded(100 * held_out, 1), figures.rounded(100 * of_test, 1))
+        for name, (held_out, of_test) in sorted(accuracies.items(), key=lambda item: item[1][0], reverse=True)])
+    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), test_means, test.attribute(attribute), attribute,
+                      accuracies[attribute][1])
+    plot_walks(os.path.join(args.out, 'fig1_6.jpg'), vae, test, test_means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), ckpt, linear)
     print(f'ten figures and tables are in {args.out}')
 
 
-def read_attributes(faces, of_faces, test, of_test):
+def attribute_accuracies(faces, train_means, test, test_means):
     """Say how well a linear classifier reads each attribute from latent means.
 
-    faces and test are the FaceImages of training and test, of_faces and of_test (N, latent_dim) their latent means.
-    Returns a list of (attribute, accuracy on held-out training faces, accuracy on test faces), the one that is read
-    best on held-out faces first.  The accuracies are balanced, 0 to 1: the mean of those of the faces with and without
-    the attribute.  Raises UserError where no attribute has faces with and without it among training, held-out and
-    test faces, and where there are fewer than ten test faces.
+    faces and test are the FaceImages of training and test, train_means and test_means (N, latent_dim) their latent
+    means.  Returns {attribute: (accuracy on held-out training faces, accuracy on test faces)}.  The accuracies are
+    balanced, 0 to 1: the mean of those of the faces with and without the attribute.  Raises UserError where no
+    attribute has faces with and without it in each part, and where there are fewer than ten test faces.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
-    training, held_out = split_held_out(len(faces.names))
-    found = []
+    train_rows, val_rows = split_held_out(len(faces.names))
+    accuracies = {}
     for name in test.attributes.columns:
-        of_name = faces.attribute(name)
-        parts = [(of_faces[rows].numpy(), of_name[rows.numpy()]) for rows in (training, held_out)]
-        parts.append((of_test.numpy(), test.attribute(name)))
+        has = faces.attribute(name)
+        parts = [(train_means[rows].numpy(), has[rows.numpy()]) for rows in (train_rows, val_rows)]
+        parts.append((test_means.numpy(), test.attribute(name)))
         if all(0 < has.sum() < len(has) for _, has in parts):
             classifier = LogisticRegression(solver='lbfgs', class_weight='balanced', max_iter=1000).fit(*parts[0])
-            found.append([name] + [balanced_accuracy_score(has, classifier.predict(means)) for means, has in parts[1:]])
-    if len(test.names) < 10 or not found:
+            accuracies[name] = tuple(balanced_accuracy_score(has, classifier.predict(means))
+                                     for means, has in parts[1:])
+    if len(test.names) < 10 or not accuracies:
         raise UserError('the figures need ten test faces, and faces with and without some attribute in each part of '
                         'the data: add images')
-    return sorted(found, key=lambda one: one[1], reverse=True)
+    return accuracies
 
 
 def plot_learning_curves(path, log):
     """fig1_2: reconstruction and KL over the images seen, training and held-out."""
     settings = log[0]['settings']
-    figure, axes = new_figure(2.9, columns=2)
-    for kind, colour, label in (('train', COLOURS[4], 'training batch (net in training)'),
-                                ('held_out', COLOURS[5], 'held-out faces (averaged weights)')):
+    figure, axes = figures.new_figure(2.9, columns=2)
+    for kind, colour, label in (('train', figures.COLOURS[4], 'training batch (net in training)'),
+                                ('held_out', figures.COLOURS[5], 'held-out faces (averaged weights)')):
         records = [record for record in log if record['kind'] == kind]
         seen = [record['step'] * settings['batch_size'] / 1000 for record in records]
         for one, scalar in zip(axes, ('reconstruction', 'kl')):
@@ -257,11 +258,11 @@ def plot_learning_curves(path, log):
                 xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
     axes[0].yaxis.set_major_formatter('{x:g}')
     axes[0].yaxis.set_minor_formatter('{x:g}')
-    log_axis(axes[1].yaxis)
+    figures.log_axis(axes[1].yaxis)
     for one in axes:
         one.grid(True, which='both')
         one.legend()
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def plot_reconstructions(path, vae, test, means, device):
@@ -269,32 +270,33 @@ def plot_reconstructions(path, vae, test, means, device):
     rows = np.sort(np.random.RandomState(TABLE_SEED).choice(len(test.names), 10, replace=False))
     images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
     errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
-    figure, axes = new_figure(2.1)
-    draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
+    figure, axes = figures.new_figure(2.1)
+    figures.draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
     for index, error in enumerate(errors.tolist()):
         axes.text(35 + 66 * index, -5, os.path.splitext(test.names[rows[index]])[0], ha='center')
-        axes.text(35 + 66 * index, 152, rounded(error, 4), ha='center')
+        axes.text(35 + 66 * index, 152, figures.rounded(error, 4), ha='center')
     for y, text in ((35, 'testing image'), (101, 'reconstruction'), (149, 'MSE')):
         axes.text(-6, y, text, ha='right', va='center')
     axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
                    'MSE per pixel in [0, 1]', pad=14)
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
     write_text(os.path.splitext(path)[0] + '.csv', 'image_name,mse\n' + ''.join(
-        f'{name},{rounded(error, 4)}\n' for name, error in
+        f'{name},{figures.rounded(error, 4)}\n' for name, error in
         [(test.names[row], error) for row, error in zip(rows, errors.tolist())] + [('mean', float(errors.mean()))]))
 
 
 def plot_latent_space(path, means, has_attribute, attribute, accuracy):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
-    figure, axes = new_figure(3.6)
-    draw_points(axes, embed(means.numpy()), has_attribute.astype(int),
+    figure, axes = figures.new_figure(3.6)
+    figures.draw_points(axes, figures.embed(means.numpy()), has_attribute.astype(int),
                 [f'not {attribute}', attribute])
+    percent = figures.rounded(100 * accuracy, 1)
     axes.set_title(f'Latent means of {len(means):,} test faces by t-SNE, coloured by {attribute}\n(a linear classifier '
-                   f'reads it from the latent means with a balanced accuracy of {rounded(100 * accuracy, 1)} %)')
-    save_figure(path, figure)
+                   f'reads it from the latent means with a balanced accuracy of {percent} %)')
+    figures.save_figure(path, figure)
 
 
-def plot_directions(path, vae, test, means, attribute, device):
+def plot_walks(path, vae, test, means, attribute, device):
     """fig1_6: walks between two faces, and along the mean difference of an attribute."""
     rng = np.random.RandomState(TABLE_SEED)
     walks, titles = [], []
@@ -313,20 +315,20 @@ def plot_directions(path, vae, test, means, attribute, device):
         walks += [start + direction * times for times in np.linspace(-2, 2, 9)]
         titles.append(name)
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
-    figure, axes = new_figure(5.4, rows=2)
+    figure, axes = figures.new_figure(5.4, rows=2)
     for one, first, ticks, title in (
             (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
              'Straight walks between the latent means of two test faces'),
             (axes[1], 4, [f'{times:+.1f}' for times in np.linspace(-2, 2, 9)],
              'One test face moved along attributes: multiples of the difference between\n'
              'the mean of the faces that have the attribute and of those that do not')):
-        draw_pixels(one, make_grid(decoded[9 * first:9 * (first + 4)], columns=9))
+        figures.draw_pixels(one, make_grid(decoded[9 * first:9 * (first + 4)], columns=9))
         for index, tick in enumerate(ticks):
             one.text(35 + 66 * index, -5, tick, ha='center')
         for index, name in enumerate(titles[first:first + 4]):
             one.text(-6, 35 + 66 * index, name, ha='right', va='center')
         one.set_title(title, pad=14)
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def sweep_of(ckpt):
@@ -339,7 +341,7 @@ def sweep_of(ckpt):
         if path.endswith('_last.jsonl'):
             continue
         log = read_log(path)
-        if log[0].get('init_sum') != file_sum(ckpt):
+        if log[0].get('init_sum') != sha256(ckpt):
             raise UserError(f'{path} belongs to a run that started from another file than {ckpt}: train it anew with '
                             f'--init {ckpt}, or delete it')
         records.append(log[-1])
@@ -349,18 +351,18 @@ def sweep_of(ckpt):
 def plot_rate_distortion(path, ckpt, linear):
     """fig1_7: test MSE against KL for each lambda_KL, beside the linear-Gaussian code's curve."""
     points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in sweep_of(ckpt))
-    figure, axes = new_figure(3.0)
+    figure, axes = figures.new_figure(3.0)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
-    axes.plot(rates, curve, color=COLOURS[6],
+    axes.plot(rates, curve, color=figures.COLOURS[6],
               label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
-              color=COLOURS[0], label='this VAE decoded from the mean, test faces')
+              color=figures.COLOURS[0], label='this VAE decoded from the mean, test faces')
     for kl, mse, lambda_kl in points:
         # aslant, so that the names of neighbours do not meet
         axes.annotate(r'$\lambda_{KL}$ = ' + f'{lambda_kl:.1e}', (kl, mse), xytext=(-3, -5),
-                      textcoords='offset points', color=COLOURS[0], ha='right', va='top', rotation=35,
+                      textcoords='offset points', color=figures.COLOURS[0], ha='right', va='top', rotation=35,
                       rotation_mode='anchor')
-    axes.plot(*PUBLISHED, '*', color=COLOURS[5], markersize=9,
+    axes.plot(*PUBLISHED, '*', color=figures.COLOURS[5], markersize=9,
               label='best public report (ten test faces, trained on 40,000)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
              ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log',
@@ -372,23 +374,20 @@ def plot_rate_distortion(path, ckpt, linear):
     axes.yaxis.set_minor_formatter('')
     axes.grid(True, which='both')
     axes.legend()
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
     parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
-    parser.add_argument('--n', type=int, help='draw so many single images')
-    parser.add_argument('--lambda_kl', type=float, help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
+    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help='draw so many single images')
+    parser.add_argument('--lambda_kl', type=number_between(0, float('inf'), float),
+                        help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
     parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
-    parser.add_argument('--attribute', help='--plot: colours fig1_5 (the one that the latent space separates best)')
-    args = parse_shared(parser, PROBLEM, ['out'], argv)
-    if args.attribute and not args.plot:
-        parser.error('--attribute is for --plot: leave it out, or add --plot')
-    if args.lambda_kl is not None and not 0 <= args.lambda_kl < float('inf'):
-        parser.error('--lambda_kl must be a number of at least 0')
-    return args
+    parser.add_argument('--attribute', choices=ATTRIBUTES,
+                        help='--plot: colours fig1_5 (the one that the latent space separates best)')
+    return parse_shared(parser, PROBLEM, ['out'], argv)
 
 
 def main(argv=None):

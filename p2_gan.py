@@ -12,7 +12,7 @@ Six methods with one generator and one width of the discriminator:
 
 Differences from the papers: all have DCGAN's nets, show the discriminator augmented images (Zhao et al.
 2020, arXiv 2006.10738, at a fraction of its strength), let the learning rates fall to 0 over the last third of
-the steps, and keep an average of the generator over its updates (EMA); one batch of drawn faces serves both
+the steps, and keep an average of the generator over its updates (EMA); one batch of generated faces serves both
 updates of a step; learning rates as in METHODS; Adam's settings are not corrected for the steps at which r1 has no
 penalty.
 
@@ -34,12 +34,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, PICTURE_ENDINGS, FaceImages, UserError, check_out, content_sum, draw_pixels,
-                      make_grid, new_figure, new_parser, parse_shared, random_flip, read_image, rounded, run_command,
-                      save_figure, save_picture, save_single, split_held_out, to_float, write_text)
-from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, file_sum, frechet_distance,
-                    load_net, on_device, own_path, pick_device, read_log, run_batches, take_step, to_uint8,
+from datasets import (PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_output, data_checksum, make_grid,
+                      new_parser, number_between, parse_shared, random_flip, read_image, run_command, save_picture,
+                      save_single_images, split_held_out, to_float, to_uint8, to_unit, write_text)
+from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, default_path,
+                    frechet_distance, load_net, on_device, pick_device, read_log, run_batches, sha256, take_step,
                     update_average)
+from report import figures
 
 PROBLEM = 'p2_gan'
 CKPT = os.path.join(CHECKPOINTS, PROBLEM + '.pth')
@@ -71,7 +72,7 @@ FALLING = 1 / 3              # share of the steps over which the learning rates 
 AVERAGE_DECAY = 0.999        # of the average of the generator, per update: the most (see update_average)
 LOG_EVERY = 500              # steps
 SAVE_EVERY = 1000            # steps
-SCORED = 1000                # drawn faces in a held-out score
+SCORED = 1000                # generated faces in a held-out score
 JUDGE = os.path.join(CHECKPOINTS, 'p1_vae.pth')      # problem 1's VAE: its encoder gives the features
 
 # figures
@@ -91,7 +92,7 @@ def constants():
 # ---------------------------------------------------------------------------- losses and schedules
 
 def discriminator_loss(method, real, fake):
-    """Mean loss of the scores (N,) that the discriminator gives to real and drawn images, without a penalty.
+    """Mean loss of the scores (N,) that the discriminator gives to real and generated images, without a penalty.
 
     logistic: Goodfellow et al. 2014, eq. 1; hinge: Miyato et al. 2018, eq. 16; wasserstein: Gulrajani et al.
     2017, eq. 3.
@@ -105,7 +106,7 @@ def discriminator_loss(method, real, fake):
 
 
 def generator_loss(method, fake):
-    """Mean loss of the scores (N,) of drawn images; beside a logistic loss the non-saturating one."""
+    """Mean loss of the scores (N,) of generated images; beside a logistic loss the non-saturating one."""
     return F.softplus(-fake).mean() if METHODS[method]['loss'] == 'logistic' else -fake.mean()
 
 
@@ -114,7 +115,7 @@ def gradient_penalty(method, score, real, fake, rng):
 
     score maps images (N, 3, H, W) to scores (N,); |g| is the norm over all of an image.
 
-    wgan_gp    (|g| - 1)^2 at random points between real and drawn images: Gulrajani et al. 2017, eq. 3
+    wgan_gp    (|g| - 1)^2 at random points between real and generated images: Gulrajani et al. 2017, eq. 3
     wgan_div   |g|^6 at such points: Wu et al. 2018, with their p = 6; k = 2 is the weight
     dragan     (|g| - 1)^2 at real images to which noise is added, uniform between 0 and half of their standard
                deviation: Kodali et al. 2017, with the noise of public implementations
@@ -181,19 +182,14 @@ def latent_means(judge, images, device):
 def measure(generator, judge, images, device):
     """Score a generator in eval() against (N, 3, 64, 64) uint8 images by judge, a VAE in eval().
 
-    Returns a dict with frechet: the distance between 1,000 drawn faces, always of the same noise,
+    Returns a dict with frechet: the distance between 1,000 generated faces, always of the same noise,
     and the images, in the VAE's latent means.  0 is best; it falls as N grows, so keep N.
     """
     noise = np.random.RandomState(0).standard_normal((SCORED, generator.project.in_features))
-    drawn = run_batches(lambda z: to_unit(generator(z)), device,
+    generated = run_batches(lambda z: to_unit(generator(z)), device,
                         torch.from_numpy(noise.astype(np.float32)))
-    return dict(frechet=frechet_distance(latent_means(judge, to_uint8(drawn), device),
+    return dict(frechet=frechet_distance(latent_means(judge, to_uint8(generated), device),
                                          latent_means(judge, images, device)))
-
-
-def to_unit(images):
-    """Turn images in [-1, 1] into [0, 1]."""
-    return (images + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -201,9 +197,9 @@ def to_unit(images):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), own_path(args, DEFAULTS, CKPT))
+    run = Run(args, PROBLEM, DEFAULTS, constants(), default_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
-    method, augmented = settings['method'], settings['augment']
+    method, strength = settings['method'], settings['augment']
     norm, rates, betas, generator_every = [
         METHODS[method][name] for name in ('norm', 'learning_rates', 'betas', 'generator_every')]
     penalty_weight, penalty_every = [PENALTIES.get(method, {}).get(name, 0) for name in ('weight', 'every')]
@@ -215,18 +211,17 @@ def train(args):
         raise UserError('the score needs two held-out and two test faces: add images until there are '
                         '20 training faces and 2 test faces or more')
     # nets
-    generator = run.keep(generator=Generator(**NET))
-    discriminator = run.keep(discriminator=Discriminator(DISCRIMINATOR_CHANNELS, norm))
-    average = run.keep(average=copy.deepcopy(generator)).eval()
-    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), judge=file_sum(JUDGE),
-              data=content_sum(faces.images, test.images))
-    progress = run.keep(progress=[(0, draw_faces(average, COLUMNS, 0, device))])
+    generator = run.keep('generator', Generator(**NET))
+    discriminator = run.keep('discriminator', Discriminator(DISCRIMINATOR_CHANNELS, norm))
+    average = run.keep('average', copy.deepcopy(generator)).eval()
+    run.facts(generator, discriminator, training_images=len(training), held_out=len(held_out), judge=sha256(JUDGE),
+              data=data_checksum(faces.images, test.images))
+    progress = run.keep('progress', [(0, generate_faces(average, COLUMNS, 0, device))])
     # optimizers
     generator_optimizer, discriminator_optimizer = [
-        torch.optim.Adam(net.parameters(), lr=rate, betas=betas)
-        for net, rate in zip((generator, discriminator), rates)]
-    run.keep(generator_optimizer=generator_optimizer)
-    run.keep(discriminator_optimizer=discriminator_optimizer)
+        run.keep(name, torch.optim.Adam(net.parameters(), lr=rate, betas=betas))
+        for name, net, rate in (('generator_optimizer', generator, rates[0]),
+                                ('discriminator_optimizer', discriminator, rates[1]))]
 
     def score(images):
         with run.autocast():
@@ -239,12 +234,12 @@ def train(args):
         rows = torch.randint(len(training), (run.batch_size,), generator=rng)
         x = on_device(random_flip(2 * to_float(training[rows].to(device)) - 1, rng), device)
         noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
-        # update: discriminator, on augmented real and drawn images
+        # update: discriminator, on augmented real and generated images
         generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak) for peak in rates]
         with torch.set_grad_enabled(trains_generator), run.autocast():
-            drawn = generator(noise)
-        real, fake = [augment(images, augmented, rng) for images in (x, drawn.detach().float())]
-        if norm == 'batch':                # the statistics of drawn images would tell of real ones
+            generated = generator(noise)
+        real, fake = [augment(images, strength, rng) for images in (x, generated.detach().float())]
+        if norm == 'batch':                # the statistics of generated images would tell of real ones
             real_score, fake_score = score(real), score(fake)
         else:                              # one pass takes less time than two
             real_score, fake_score = score(torch.cat([real, fake])).chunk(2)
@@ -259,7 +254,7 @@ def train(args):
         # update: generator, through the discriminator as it has become
         if trains_generator:
             discriminator.requires_grad_(False)
-            loss = generator_loss(method, score(augment(drawn.float(), augmented, rng)))
+            loss = generator_loss(method, score(augment(generated.float(), strength, rng)))
             take_step(generator_optimizer, loss, generator_rate)
             discriminator.requires_grad_(True)
             scalars.update(generator_loss=loss.detach(), generator_gradient=gradient_norm(generator))
@@ -270,14 +265,14 @@ def train(args):
             rows = torch.randint(len(held_out), (run.batch_size,), generator=rng)
             with torch.no_grad():
                 scalars['held_out'] = score(augment(on_device(2 * to_float(held_out[rows]) - 1, device),
-                                                    augmented, rng)).mean()
+                                                    strength, rng)).mean()
         run.log(**scalars, learning_rate=discriminator_rate)
         if run.saves:
-            found = measure(average, judge, held_out, device)
-            run.measured(**found)
-            run.choose(found['frechet'], average)
+            score_of_average = measure(average, judge, held_out, device)
+            run.measured(**score_of_average)
+            run.choose(score_of_average['frechet'], average)
             if step % SAVE_EVERY == 0 and math.log2(step // SAVE_EVERY) % 1 == 0:
-                progress.append((step, draw_faces(average, COLUMNS, 0, device)))
+                progress.append((step, generate_faces(average, COLUMNS, 0, device)))
     # final check from file
     generator = run.from_file(Generator(**NET), 'chosen')
     run.finish(generator, NET, dict(images=len(test.names), **measure(generator, judge, test.images, device)),
@@ -294,19 +289,21 @@ def gradient_norm(net):
 def infer(args):
     """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
     if args.n is None:
-        check_out(args.out, PICTURE_ENDINGS)
+        check_output(args.out, PICTURE_ENDINGS)
+    else:
+        check_new_folder(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     generator = load_net(Generator, args.ckpt or CKPT, PROBLEM, device)[0]
-    images = draw_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
+    images = generate_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
     if args.n is None:
         save_picture(args.out, make_grid(images, COLUMNS))
     else:
-        save_single(args.out, images)
+        save_single_images(args.out, images)
 
 
-def draw_faces(generator, count, seed, device):
-    """Draw count faces from N(0, I): (count, 3, 64, 64) uint8."""
+def generate_faces(generator, count, seed, device):
+    """Generate count faces from N(0, I): (count, 3, 64, 64) uint8."""
     return decode_noise(lambda z: to_unit(generator(z)), count, generator.project.in_features, seed,
                         device)
 
@@ -322,7 +319,7 @@ def plot(args):
     log, scores = read_log(base_of(ckpt) + '.jsonl'), read_log(SAMPLES)
     training = FaceImages(args.data_dir, 'train').images
     training = training[split_held_out(len(training))[0]]      # as in the training
-    images = draw_faces(generator, FACES, DEFAULTS['seed'], device)
+    images = generate_faces(generator, FACES, DEFAULTS['seed'], device)
     discriminator = Discriminator(**checkpoint['discriminator_config'])
     write_text(os.path.join(args.out, 'fig2_1.txt'), f'{generator}\n{discriminator}\n')
     for ending in PICTURE_ENDINGS[:2]:     # the report shows the smaller file
@@ -331,7 +328,7 @@ def plot(args):
     plot_comparison(os.path.join(args.out, 'fig2_4.jpg'), ckpt, images, judge, training, scores,
                     device)
     plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
-                  draw_faces(generator, COLUMNS, DEFAULTS['seed'], device))
+                  generate_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
     plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS), training[:COLUMNS])
     print(f'eight figures and tables are in {args.out}')
@@ -343,13 +340,13 @@ def plot_learning_curves(path, log):
     The outputs are for augmented images and, with a logistic loss, before a sigmoid.
     """
     settings = log[0]['settings']
-    figure, axes = new_figure(2.6, columns=3)
+    figure, axes = figures.new_figure(2.6, columns=3)
     curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
               (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'), ('fake', 'generated faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
     for index, kind, lines in curves:
         records = [record for record in log if record['kind'] == kind]
-        for colour, (name, label) in zip(COLOURS[4:] if index else COLOURS, lines):
+        for colour, (name, label) in zip(figures.COLOURS[4:] if index else figures.COLOURS, lines):
             points = np.array([(record['step'] * settings['batch_size'] / 1000, record[name])
                                for record in records if name in record])
             if name == 'held_out':         # one batch each: a mean over ten takes out the noise
@@ -365,15 +362,15 @@ def plot_learning_curves(path, log):
     axes[1].set_ylim(low, high + 0.45 * (high - low))      # room for the legend
     axes[1].legend(loc='upper left')
     axes[2].set(title='Held-out score', ylabel='Fréchet distance')
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def score_of(path, scores):
     """Return the scores of the checkpoint file at path as text; they belong to these very bytes."""
-    found = [record for record in scores if record.get('sha256') == file_sum(path)]
+    found = [record for record in scores if record.get('sha256') == sha256(path)]
     if not found:
         return 'not scored'
-    return 'clear {}, Fréchet {}, nearest {}'.format(*[rounded(found[0][name], places) for name, places in (
+    return 'clear {}, Fréchet {}, nearest {}'.format(*[figures.rounded(found[0][name], places) for name, places in (
         ('clear', 3), ('frechet', 1), ('nearest', 3))])
 
 
@@ -383,13 +380,13 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     Near means a small distance between the latent means of problem 1's VAE, over all training faces
     and their mirror images.
     """
-    figure, axes = new_figure(5.6, rows=2)
+    figure, axes = figures.new_figure(5.6, rows=2)
     of_vae = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([part[4 * row:4 * row + 4] for row in range(4) for part in (of_vae, images)])
-    draw_pixels(axes[0], make_grid(both, 8))
+    figures.draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
         axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
-    axes[0].plot([265, 265], [0, 266], color=COLOURS[6], linewidth=1)
+    axes[0].plot([265, 265], [0, 266], color=figures.COLOURS[6], linewidth=1)
     axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen; scores of 1,000 of each '
                       'against the test faces', pad=24)
     candidates = torch.cat([training, training.flip(3)])
@@ -402,30 +399,30 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
         chosen = nearest[:, rank]
         mirrored = (distances[range(8), chosen + len(training)] < distances[range(8), chosen]).long()
         rows.append(candidates[chosen + mirrored * len(training)])
-    draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
+    figures.draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
     for index, text in enumerate(('GAN', 'nearest', 'second', 'third')):
         axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center')
     lines = [f'The nearest of {len(training):,} training faces, by the latent means of the VAE']
     of_drawn, of_held_out = [[record['copied_least'] for record in scores if record.get('sha256') == wanted]
-                             for wanted in (file_sum(ckpt), None)]     # real faces have no sum
+                             for wanted in (sha256(ckpt), None)]     # real faces have no sum
     if of_drawn and of_held_out:
         lines.append('First percentile of the distance to the nearest one: 1,000 generated faces {}, '
-                     'held-out faces {}'.format(rounded(of_drawn[0], 2), rounded(of_held_out[0], 2)))
+                     'held-out faces {}'.format(figures.rounded(of_drawn[0], 2), figures.rounded(of_held_out[0], 2)))
     axes[1].set_title('\n'.join(lines))
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [
         (checkpoint['step'], last)]
-    figure, axes = new_figure(0.56 * len(progress) + 0.4)
-    draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
+    figure, axes = figures.new_figure(0.56 * len(progress) + 0.4)
+    figures.draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
     for index, (step, _) in enumerate(progress):
         axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"] / 1000:,.0f}', ha='right',
                   va='center')
     axes.set_title('The same eight noise vectors after so many thousand training images (averaged weights)')
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def plot_walks(path, generator, device):
@@ -437,13 +434,13 @@ def plot_walks(path, generator, device):
         walks += [(np.sin((1 - share) * angle) * first + np.sin(share * angle) * last) / np.sin(angle)
                   for share in np.linspace(0, 1, 9)]
     noise = torch.from_numpy(np.array(walks, np.float32))
-    drawn = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
-    figure, axes = new_figure(3.6)
-    draw_pixels(axes, make_grid(drawn, 9))
+    generated = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
+    figure, axes = figures.new_figure(3.6)
+    figures.draw_pixels(axes, make_grid(generated, 9))
     for index, tick in enumerate(['first'] + [f'{share}/8' for share in range(1, 8)] + ['second']):
         axes.text(35 + 66 * index, -5, tick, ha='center')
     axes.set_title('Walks between two noise vectors, along the great circle', pad=14)
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 def plot_methods(path, scores, counts, real):
@@ -461,34 +458,29 @@ def plot_methods(path, scores, counts, real):
                (720, 'right', 'Fréchet', '{frechet}'), (840, 'right', 'nearest', '{nearest}'),
                (950, 'right', 'broken', '{broken}'))
     scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
-                   **{name: rounded(record[name], places) for name, places in (
+                   **{name: figures.rounded(record[name], places) for name, places in (
                        ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
-    figure, axes = new_figure(0.28 * len(scores) + 0.5)
-    draw_pixels(axes, np.concatenate([np.full((len(strips), 970, 3), 255, np.uint8), strips], 1))
+    figure, axes = figures.new_figure(0.28 * len(scores) + 0.5)
+    figures.draw_pixels(axes, np.concatenate([np.full((len(strips), 970, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, weight='bold')
         for index, record in enumerate(scores):
             text = form.format(**record) if record['images'] or title != 'images seen' else ''
             axes.text(x, 35 + 66 * index, text, ha=side, va='center')
     axes.set_title('1,000 generated faces of each against test faces', pad=14)
-    save_figure(path, figure)
+    figures.save_figure(path, figure)
 
 
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
     parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
-    parser.add_argument('--n', type=int, help='draw so many single images')
+    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help='draw so many single images')
     parser.add_argument('--method', choices=sorted(METHODS),
                         help=f'--train: losses and discriminator ({DEFAULTS["method"]})')
-    parser.add_argument('--augment', type=float, help='--train: strength of the augmentation, 0 to 1 '
-                        f'({DEFAULTS["augment"]:g})')
-    args = parse_shared(parser, PROBLEM, ['out'], argv)
-    if args.method and not args.train:
-        parser.error('--method is for --train: leave it out' + ', or add --train' * (not args.plot))
-    if args.augment is not None and not 0 <= args.augment <= 1:
-        parser.error('--augment must lie in 0 .. 1')
-    return args
+    parser.add_argument('--augment', type=number_between(0, 1, float),
+                        help=f'--train: strength of the augmentation, 0 to 1 ({DEFAULTS["augment"]:g})')
+    return parse_shared(parser, PROBLEM, ['out'], argv)
 
 
 def main(argv=None):

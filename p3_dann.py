@@ -12,9 +12,8 @@ statistics of source images, all others those of target images.  The table shows
 latter too (AdaBN, Li et al. 2016, arXiv 1603.04779), so that what they give is not credited to DANN.
 
     bash hw3_p3.sh DIR TARGET pred.csv                 label a folder, as the grader does
-    python3 p3_dann.py --train --target usps --setting dann --seed 0       train one cell of the table
-    python3 p3_dann.py --train --resume                train the runs of the table that have no log yet
-    python3 p3_dann.py --train --resume --directions others                likewise those of the other directions
+    python3 p3_dann.py --train --data_dir hw3_data     train the three nets that hw3_p3.sh uses; --resume goes on
+    python3 p3_dann.py --train --target usps --setting dann --seed 0       train one run of the table
     python3 p3_dann.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed, the last average is kept, and the run of seed 0 is shipped.  Only
@@ -25,22 +24,20 @@ the predictions (the nuclear norm of their probabilities, Cui et al. 2020, arXiv
 the ten digits, and the agreement of two nets; and the accuracy on held-out source images.
 """
 import copy
-import itertools
 import math
 import os
 
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, DIRECTIONS, DOMAIN_NAMES, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows,
-                      check_out, content_sum, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
-                      pick_test_images, plot_confusion, plot_domains, plot_features, plot_mistakes, plot_table,
-                      read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out, to_float,
-                      with_other_accuracy, write_predictions, write_text)
-from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, accuracy,
-                    base_of, cosine_rate, digit_runs, domain_accuracy, domain_loss, label_folder, load_net,
-                    measure_digits, measure_target, on_device, pick_device, probabilities_of, read_log, rows_of,
-                    run_batches, run_path, take_step, update_average, with_statistics)
+from datasets import (SOURCE_OF, add_domains, augment_digits, balanced_rows, check_output, data_checksum, new_parser,
+                      number_between, parse_shared, read_digits, run_command, split_held_out, to_float,
+                      write_predictions, write_text)
+from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, Run, accuracy,
+                    base_of, cosine_rate, digit_features, domain_accuracy, domain_loss, given_flags, label_folder,
+                    load_net, measure_held_out, measure_target, on_device, pick_device, predict_probabilities,
+                    read_log, read_results, run_path, take_step, update_average, with_statistics)
+from report import figures
 
 PROBLEM = 'p3_dann'
 
@@ -66,10 +63,6 @@ STATISTICS = 5000            # training images, augmented, that give the batch n
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
 
-# the tables: rows of (setting, augment, tables), with three targets and three seeds each; the upper bound has no
-# other source, so that of the scenarios asked for serves the other directions too
-ROWS = (('source', 1.0, ('asked', 'others')), ('dann_entropy', 1.0, ('asked', 'others')), ('target', 1.0, ('asked',)),
-        ('dann', 1.0, ('asked',)), ('source', 0.0, ('asked',)), ('dann_entropy', 0.0, ('asked',)))
 # highest accuracy of a DANN in a public report, in percent, for mnistm, svhn and usps as target, mostly
 # chosen on test labels: see report/references.yml
 PUBLISHED = (61.0, 55.9, 75.8)
@@ -103,12 +96,12 @@ def ramp_at(step, steps):
 # ------------------------------------------------------------------------------------------- train
 
 def train(args):
-    """Train one run or, without --target, every run of the table that the other flags leave."""
-    cells = [dict(setting=setting, augment=augment, target=target, source=source, seed=seed)
-             for setting, augment, tables in ROWS for table in tables
-             for (target, source), seed in itertools.product(sorted(DIRECTIONS[table].items()), SEEDS)]
-    for run in digit_runs(args, PROBLEM, DEFAULTS, constants(), cells, name_of):
-        train_run(run, args.data_dir)
+    """Train the run of --target or, without it, the three runs that hw3_p3.sh uses."""
+    for target in [args.target] if args.target else sorted(SOURCE_OF):
+        defaults = dict(DEFAULTS, target=target, source=SOURCE_OF[target])
+        settings = dict(defaults, **given_flags(args, defaults))
+        path = args.ckpt or run_path(PROBLEM, DEFAULTS, settings, name_of(settings))
+        train_run(Run(args, PROBLEM, defaults, constants(), path), args.data_dir)
 
 
 def name_of(settings):
@@ -121,34 +114,36 @@ def train_run(run, data_dir):
     """Train on data_dir/digits and write the run's checkpoint, log and state."""
     # device and seed
     settings, device, rng = run.settings, run.device, run.rng
-    setting, augmented = settings['setting'], settings['augment']
+    setting, augment = settings['setting'], settings['augment']
     # data
-    source, target, test = read_scenario(data_dir, settings)
-    (training, held_out), (adapting, watched) = [split_held_out(len(one.names)) for one in (source, target)]
+    source, target = [read_digits(data_dir, settings[domain], 'train') for domain in ('source', 'target')]
+    test = read_digits(data_dir, settings['target'], 'test')
+    (source_train, source_val), (target_train, target_val) = [
+        split_held_out(len(domain.names)) for domain in (source, target)]
     unlabelled = target.images             # without its labels
-    source_seen, target_seen = [
-        augment_digits(to_float(images[rows[:STATISTICS]]), augmented, torch.Generator().manual_seed(settings['seed']))
-        for images, rows in ((source.images, training), (unlabelled, adapting))]
-    seen = source_seen if setting == 'source' else target_seen
-    labelled = source
+    statistics_images = statistics_of(source.images, source_train, augment, settings['seed'])
+    target_statistics_images = statistics_of(unlabelled, target_train, augment, settings['seed'])
+    if setting != 'source':
+        statistics_images = target_statistics_images
+    labelled, train_rows, val_rows = source, source_train, source_val
     if setting == 'target':
-        labelled, training, held_out = target, adapting, watched
+        labelled, train_rows, val_rows = target, target_train, target_val
     # nets
-    net = run.keep(net=DigitNet(**NET))
-    discriminator = run.keep(discriminator=DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN))
-    average = run.keep(average=copy.deepcopy(net)).eval()
-    run.facts(net, training_images=len(training), held_out=len(held_out),
-              unlabelled=len(adapting) if setting.startswith('dann') else 0,
-              data=content_sum(labelled.images, labelled.labels, target.images, test.images))
+    net = run.keep('net', DigitNet(**NET))
+    discriminator = run.keep('discriminator', DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN))
+    average = run.keep('average', copy.deepcopy(net)).eval()
+    run.facts(net, training_images=len(train_rows), held_out=len(val_rows),
+              unlabelled=len(target_train) if setting.startswith('dann') else 0,
+              data=data_checksum(labelled.images, labelled.labels, target.images, test.images))
     # optimizers
-    optimizer = run.keep(optimizer=torch.optim.Adam(
+    optimizer = run.keep('optimizer', torch.optim.Adam(
         list(net.parameters()) + list(discriminator.parameters()), lr=LEARNING_RATE, betas=(0.9, 0.99)))
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch: labelled images with every class equally likely; unlabelled images at random
-        rows = training[balanced_rows(labelled.labels[training], run.batch_size, rng)]
+        rows = train_rows[balanced_rows(labelled.labels[train_rows], run.batch_size, rng)]
         labels = labelled.labels[rows].to(device)
-        x = on_device(augment_digits(to_float(labelled.images[rows]), augmented, rng), device)
+        x = on_device(augment_digits(to_float(labelled.images[rows]), augment, rng), device)
         # update: label loss + domain loss, whose gradient is reversed for the encoder
         learning_rate = cosine_rate(step, run.last_step, LEARNING_RATE, LEARNING_RATE_WARM_UP)
         with run.autocast():
@@ -157,16 +152,16 @@ def train_run(run, data_dir):
         loss = F.cross_entropy(logits.float(), labels)
         scalars = dict(label_loss=loss.detach())
         if setting.startswith('dann'):
-            rows = adapting[torch.randint(len(adapting), (run.batch_size,), generator=rng)]
-            target_x = on_device(augment_digits(to_float(unlabelled[rows]), augmented, rng), device)
+            rows = target_train[torch.randint(len(target_train), (run.batch_size,), generator=rng)]
+            target_x = on_device(augment_digits(to_float(unlabelled[rows]), augment, rng), device)
             ramp = ramp_at(step, run.last_step)
             with run.autocast():
                 target_features = net.encoder(target_x)
-                of_source, of_target = [discriminator(GradientReversal.apply(one, REVERSAL * ramp))
-                                        for one in (features, target_features)]
-            domain = domain_loss(of_source.float(), of_target.float())
+                source_domain, target_domain = [discriminator(GradientReversal.apply(x, REVERSAL * ramp))
+                                                for x in (features, target_features)]
+            domain = domain_loss(source_domain.float(), target_domain.float())
             loss = loss + domain
-            scalars.update(domain_loss=domain.detach(), domain_accuracy=domain_accuracy(of_source, of_target),
+            scalars.update(domain_loss=domain.detach(), domain_accuracy=domain_accuracy(source_domain, target_domain),
                            reversal=REVERSAL * ramp)
         if setting == 'dann_entropy':
             with run.autocast():
@@ -179,25 +174,32 @@ def train_run(run, data_dir):
         # log and save
         run.log(**scalars, learning_rate=learning_rate)
         if run.saves:
-            run.measured(**measure_digits(with_statistics(average, seen, device), labelled.images[held_out],
-                                          labelled.labels[held_out], unlabelled[watched], device))
+            run.measured(**measure_held_out(with_statistics(average, statistics_images, device),
+                                            labelled.images[val_rows], labelled.labels[val_rows],
+                                            unlabelled[target_val], device))
     # final check from file
-    net = with_statistics(run.from_file(DigitNet(**NET), 'average'), seen, device)
-    metrics = measure_target(net, test, target, watched, device)
+    net = with_statistics(run.from_file(DigitNet(**NET), 'average'), statistics_images, device)
+    metrics = measure_target(net, test, target, target_val, device)
     if setting == 'source':                # what target statistics give without any other adaptation
-        metrics['adabn_accuracy'] = accuracy(with_statistics(net, target_seen, device), test.images, test.labels,
-                                             device)
+        metrics['adabn_accuracy'] = accuracy(with_statistics(net, target_statistics_images, device), test.images,
+                                             test.labels, device)
     run.finish(net, NET, metrics)
+
+
+def statistics_of(images, rows, augment, seed):
+    """Return float images, as a run of this seed trains on them, that give the batch norms their statistics."""
+    return augment_digits(to_float(images[rows[:STATISTICS]]), augment, torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------------------- infer
 
 def infer(args):
     """Label the images in the folder --images and write the assignment's CSV to --out."""
-    check_out(args.out)
+    check_output(args.out)
     device = pick_device(args.device or 'cpu')
-    write_predictions(args.out, *label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
-                                              args.batch_size or DEFAULTS['batch_size'], device))
+    names, labels = label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
+                                 args.batch_size or DEFAULTS['batch_size'], device)
+    write_predictions(args.out, names, labels)
 
 
 def shipped(target, **changed):
@@ -211,72 +213,60 @@ def shipped(target, **changed):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', table_rows(), asked=3)
-    plot_domains(os.path.join(args.out, 'fig3_1.jpg'), {
-        DOMAIN_NAMES[domain]: read_digits(args.data_dir, domain, 'train') for domain in ('usps', 'mnistm', 'svhn')})
-    curves, predicted = {}, {}
+    figures.plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', table_rows(), asked=3)
+    figures.plot_domains(os.path.join(args.out, 'fig3_1.jpg'), {
+        figures.DOMAIN_NAMES[domain]: read_digits(args.data_dir, domain, 'train')
+        for domain in ('usps', 'mnistm', 'svhn')})
+    logs, predictions = {}, {}
     for target, source in sorted(SOURCE_OF.items()):
-        title = scenario_name(target)
-        digits = [read_digits(args.data_dir, domain, 'test') for domain in (source, target)]
-        images, labels, domains = pick_test_images(digits)
-        for path, name, ckpt in (('fig3_4_{}_lower', 'source only', shipped(target, setting='source')),
-                                 ('fig3_4_{}', 'DANN + entropy', shipped(target))):
-            net = load_net(DigitNet, ckpt, PROBLEM, device)[0]
-            # as in training, each domain has batch statistics of its own; the lower bound knows those of the source
-            of_source = with_statistics(net, source_seen(args.data_dir, source), device)
-            features = torch.cat([run_batches(lambda batch, one=one: one.encoder(to_float(batch)), device, part)
-                                  for one, part in zip((of_source, net), images.chunk(2))])
-            plot_features(os.path.join(args.out, path.format(target) + '.png'), f'{name}, {title}', features, labels,
-                          domains)
-        curves[title] = read_log(base_of(ckpt) + '.jsonl')
-        predicted[title] = digits[1], probabilities_of(net, digits[1].images, device)
+        title = figures.scenario_name(target)
+        test = [read_digits(args.data_dir, domain, 'test') for domain in (source, target)]
+        lower, net = [load_net(DigitNet, ckpt, PROBLEM, device)[0]
+                      for ckpt in (shipped(target, setting='source'), shipped(target))]
+        plot_tsne(os.path.join(args.out, f'fig3_4_{target}_lower.png'), f'source only, {title}', lower, args.data_dir,
+                  source, test, device)
+        plot_tsne(os.path.join(args.out, f'fig3_4_{target}.png'), f'DANN + entropy, {title}', net, args.data_dir,
+                  source, test, device)
+        logs[title] = read_log(base_of(shipped(target)) + '.jsonl')
+        predictions[title] = test[1], predict_probabilities(net, test[1].images, device)
     write_text(os.path.join(args.out, 'fig3_5.txt'),
                f'{net}\n{DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)}\n')
-    plot_learning_curves(os.path.join(args.out, 'fig3_6.png'), curves)
-    plot_confusion(os.path.join(args.out, 'fig3_7.png'), predicted)
-    plot_mistakes(os.path.join(args.out, 'fig3_8.jpg'), predicted)
+    figures.plot_digit_curves(
+        os.path.join(args.out, 'fig3_6.png'), logs, legend='best', scalars=dict(
+            label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of the discriminator',
+            entropy='Entropy, target (nats)'))
+    figures.plot_confusion(os.path.join(args.out, 'fig3_7.png'), predictions)
+    figures.plot_mistakes(os.path.join(args.out, 'fig3_8.jpg'), predictions)
     print(f'thirteen figures and tables are in {args.out}')
 
 
-def table_rows():
-    """table3: rows of (label, records of the results log)."""
-    found = rows_of(PROBLEM)
-    lower, dann, upper = [found.get(name, []) for name in ('source', DEFAULTS['setting'], 'target')]
-    rows = [('lower bound: source only', lower), ('DANN + entropy', dann), ('upper bound: target only', upper),
-            ('DANN + entropy, shipped: seed 0', of_seed_0(dann)), ('DANN', found.get('dann', [])),
-            ('lower bound, statistics of the target', with_other_accuracy(lower, 'adabn_accuracy'))]
-    for label, name in (('lower bound', 'source'), ('DANN + entropy', 'dann_entropy')):
-        rows.append((f'{label}, not augmented', found.get(f'{name}_not_augmented', [])))
-    rows.append(('lower bound, not augmented, statistics of the target',
-                 with_other_accuracy(found.get('source_not_augmented', []), 'adabn_accuracy')))
-    rows.append(('DANN + entropy, on 500 held-out target images', with_other_accuracy(dann, 'held_out_accuracy')))
-    return rows
-
-
-def source_seen(data_dir, source):
-    """Return source images as a run of seed 0 sees them, which give the batch norms their statistics."""
+def plot_tsne(path, title, net, data_dir, source, test, device):
+    """fig3_4: t-SNE of the features of test images, the DigitImages of source and target in the list test."""
+    images, labels, domains = figures.pick_test_images(test)
+    # as in training, each domain has batch statistics of its own; the lower bound knows those of the source
     digits = read_digits(data_dir, source, 'train')
-    rows = split_held_out(len(digits.names))[0][:STATISTICS]
-    return augment_digits(to_float(digits.images[rows]), DEFAULTS['augment'], torch.Generator().manual_seed(0))
+    source_net = with_statistics(net, statistics_of(digits.images, split_held_out(len(digits.names))[0],
+                                                    DEFAULTS['augment'], 0), device)
+    source_images, target_images = images.chunk(2)
+    features = torch.cat([digit_features(source_net, source_images, device),
+                          digit_features(net, target_images, device)])
+    figures.plot_features(path, title, features, labels, domains)
 
 
-def plot_learning_curves(path, curves):
-    """fig3_6: label loss, the discriminator's accuracy and the entropy of target predictions."""
-    figure, axes = new_figure(2.4, columns=3)
-    for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'entropy')):
-        for colour, (title, log) in zip(COLOURS, curves.items()):
-            points = [(record['step'], record[name]) for record in log if name in record]
-            one.plot(*zip(*points), color=colour, label=title)
-        one.set_xlabel('training step')
-        one.grid(True)
-    axes[0].set_yscale('log')
-    log_axis(axes[0].yaxis)
-    axes[0].set_title('Label loss, source (nats)')
-    axes[1].set_title('Accuracy of the discriminator')
-    axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8, linestyle=':')       # chance
-    axes[2].set_title('Entropy, target (nats)')
-    axes[2].legend()
-    save_figure(path, figure)
+def table_rows():
+    """table3: rows of (label, results of the runs, key of the accuracy)."""
+    results = read_results(PROBLEM, 'dann_entropy')
+    lower, dann, upper = [results.get(row, []) for row in ('source', 'dann_entropy', 'target')]
+    lower_not_augmented = results.get('source_not_augmented', [])
+    return [('lower bound: source only', lower, 'accuracy'), ('DANN + entropy', dann, 'accuracy'),
+            ('upper bound: target only', upper, 'accuracy'),
+            ('DANN + entropy, shipped: seed 0', [run for run in dann if run['seed'] == 0], 'accuracy'),
+            ('DANN', results.get('dann', []), 'accuracy'),
+            ('lower bound, statistics of the target', lower, 'adabn_accuracy'),
+            ('lower bound, not augmented', lower_not_augmented, 'accuracy'),
+            ('DANN + entropy, not augmented', results.get('dann_entropy_not_augmented', []), 'accuracy'),
+            ('lower bound, not augmented, statistics of the target', lower_not_augmented, 'adabn_accuracy'),
+            ('DANN + entropy, on 500 held-out target images', dann, 'held_out_accuracy')]
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -287,12 +277,9 @@ def parse_args(argv=None):
     parser.add_argument('--setting', choices=SETTINGS,
                         help='--train: lower bound, DANN, DANN with an entropy loss or upper bound '
                         f'({DEFAULTS["setting"]})')
-    parser.add_argument('--augment', type=float, help='--train: strength of the augmentation, 0 to 1 '
-                        f'({DEFAULTS["augment"]:g})')
-    args = parse_shared(parser, PROBLEM, ['images', 'target', 'out'], argv)
-    if args.augment is not None and not 0 <= args.augment <= 1:
-        parser.error('--augment must lie in 0 .. 1')
-    return args
+    parser.add_argument('--augment', type=number_between(0, 1, float),
+                        help=f'--train: strength of the augmentation, 0 to 1 ({DEFAULTS["augment"]:g})')
+    return parse_shared(parser, PROBLEM, ['images', 'target', 'out'], argv)
 
 
 def main(argv=None):

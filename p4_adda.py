@@ -16,17 +16,16 @@ discriminator may see this difference too.  --pieces names what is added:
                      loss trains the classifier too
     conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN), those of
                      source images too by the classifier that is being trained
-    teacher          confident labels that an average of the weights gives to target images train the
-                     net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
-    diversity        those labels favour digits that the teacher has named too seldom of late, so that
+    teacher          confident pseudo-labels that an average of the weights gives to target images train
+                     the net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
+    diversity        the pseudo-labels favour digits that the teacher has named too seldom of late, so that
                      none dies out (after Wang et al. 2022, DebiasPL; needs teacher)
     self_training    the last fifth of the steps has no other loss than teacher's (needs teacher)
     no_discriminator for a control: nothing is adversarial (needs anchor or teacher)
 
     bash hw3_p4.sh DIR TARGET pred.csv                 label a folder, as the grader does
-    python3 p4_adda.py --train --target usps --pieces all --seed 0         train one cell of the table
-    python3 p4_adda.py --train --resume                train the runs of the table that have no log yet
-    python3 p4_adda.py --train --resume --directions others                likewise those of the other directions
+    python3 p4_adda.py --train --data_dir hw3_data     train the three nets that hw3_p4.sh uses; --resume goes on
+    python3 p4_adda.py --train --target usps --pieces none --seed 0        train one run of the table
     python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
 Rule of choice: the schedule is fixed and its last average is kept; the run of seed 0 with all pieces is shipped.
@@ -34,22 +33,21 @@ No target label is used for training.  The test images are measured when those o
 augmentation and the number of steps were set as in problem 3; the other constants come from earlier versions of
 this repository, which trained on other collections of digits.
 """
+import argparse
 import copy
-import itertools
 import os
 
 import torch
 import torch.nn.functional as F
 
-from datasets import (COLOURS, DIRECTIONS, SEEDS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_out,
-                      content_sum, log_axis, new_figure, new_parser, of_seed_0, parse_shared,
-                      pick_test_images, plot_confusion, plot_features, plot_mistakes, plot_table, random_patches,
-                      read_digits, read_scenario, run_command, save_figure, scenario_name, split_held_out,
-                      to_float, with_other_accuracy, write_predictions, write_text)
-from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, accuracy, base_of, cosine_rate,
-                    digit_runs, domain_accuracy, domain_loss, label_folder, load_net, measure_digits, measure_target,
-                    on_device, pick_device, probabilities_of, read_log, rows_of, run_batches, run_path, take_step,
-                    update_average, with_statistics)
+from datasets import (DIRECTIONS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_output, data_checksum,
+                      new_parser, parse_shared, random_patches, read_digits, run_command, split_held_out, to_float,
+                      write_predictions, write_text)
+from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, Run, accuracy, base_of,
+                    cosine_rate, digit_features, domain_accuracy, domain_loss, given_flags, label_folder, load_net,
+                    measure_held_out, measure_target, on_device, pick_device, predict_probabilities, read_log,
+                    read_results, run_path, take_step, update_average, with_statistics)
+from report import figures
 
 PROBLEM = 'p4_adda'
 
@@ -71,8 +69,8 @@ LEARNING_RATE = 1e-3         # of Adam, at its peak; see ADVERSARIAL
 LEARNING_RATE_WARM_UP = 100  # steps
 ADVERSARIAL = 0.02           # weight of the discriminator's verdict beside the encoder's other losses; if there
                              # are none, Adam undoes a weight, so the encoder's learning rate is multiplied by it
-CONFIDENT = 0.9              # least probability of the teacher's label for a target image to be used
-DIVERSITY = 0.1              # share of a digit, the even one, below which the teacher's labels favour it; the
+CONFIDENT = 0.9              # least probability of a pseudo-label for its target image to be used
+DIVERSITY = 0.1              # share of a digit, the even one, below which the pseudo-labels favour it; the
                              # frequent ones are not pushed down, for a domain's digits may be uneven
 SHARES_DECAY = 0.98          # of the average of the teacher's mean prediction, per step
 AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per step: the most (see update_average)
@@ -80,14 +78,11 @@ STATISTICS = 5000            # training images, as trained on, that give the bat
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
 
-# the tables: rows of (label, pieces, seeds), for three scenarios each; three seeds of plain and improved ADDA, one
-# of what lies between them; and as controls two of these without the discriminator.  Improved ADDA is trained in
-# the other directions too
-ROWS = tuple(('+ ' + PIECES[count - 1].replace('_', '-') if count else 'plain ADDA', ','.join(PIECES[:count]),
-              SEEDS if count in (0, len(PIECES)) else SEEDS[:1]) for count in range(len(PIECES) + 1))
-CONTROLS = (('up to anchor, no discriminator', ','.join(PIECES[:PIECES.index('anchor') + 1] + (CONTROL,)), SEEDS[:1]),
-            ('improved ADDA, no discriminator', ','.join(PIECES + (CONTROL,)), SEEDS))
-
+# the ablation: rows of (label, pieces), from plain to improved ADDA, and two controls
+ABLATION = tuple(('+ ' + PIECES[count - 1].replace('_', '-') if count else 'plain ADDA', ','.join(PIECES[:count]))
+                 for count in range(len(PIECES) + 1))
+CONTROLS = (('up to anchor, no discriminator', ','.join(PIECES[:PIECES.index('anchor') + 1] + (CONTROL,))),
+            ('improved ADDA, no discriminator', ','.join(PIECES + (CONTROL,))))
 # highest accuracy of another method than DANN in a public report: as in p3_dann.py
 PUBLISHED = (68.0, 59.2, 86.1)
 
@@ -111,7 +106,7 @@ def discriminator_input(features, logits, conditional):
     return (torch.softmax(logits, 1).unsqueeze(2) * features.unsqueeze(1)).flatten(1)
 
 
-def fooling_loss(target):
+def adversarial_loss(target):
     """Mean loss of the discriminator's logits (N,) for target images, with the label of the source domain.
 
     Source: Tzeng et al. 2017, eq. 9, the third line.
@@ -119,8 +114,8 @@ def fooling_loss(target):
     return F.softplus(-target).mean()
 
 
-def confident_loss(logits, probabilities):
-    """Cross-entropy of logits (N, 10) with the teacher's labels, and the share of images that count.
+def pseudo_label_loss(logits, probabilities):
+    """Cross-entropy of logits (N, 10) with the teacher's pseudo-labels, and the share of images that count.
 
     An image whose largest probability (N, 10) is less than CONFIDENT adds 0 to the mean over all.
     Source: Sohn et al. 2020 (arXiv 2001.07685), eq. 4.
@@ -130,7 +125,7 @@ def confident_loss(logits, probabilities):
     return (mask * F.cross_entropy(logits, labels, reduction='none')).mean(), mask.mean()
 
 
-def diversified(probabilities, shares):
+def debiased(probabilities, shares):
     """Divide probabilities (N, 10) by min(shares (10,), DIVERSITY), and normalise each row to sum 1.
 
     shares > 0 is what the mean of the probabilities has been of late.  Source: after Wang et al. 2022
@@ -141,10 +136,10 @@ def diversified(probabilities, shares):
     return adjusted / adjusted.sum(1, keepdim=True)
 
 
-def taught(teacher, images, shares):
+def teacher_probabilities(teacher, images, shares):
     """Return the probabilities (N, 10) that the teacher gives to float images, with the statistics of their batch.
 
-    If shares (10,) are given, they move towards the mean of these, and what is returned is diversified.
+    If shares (10,) are given, they move towards the mean of these, and what is returned is debiased.
     """
     teacher.encoder.train()
     probabilities = torch.softmax(teacher(images).float(), 1)
@@ -152,7 +147,7 @@ def taught(teacher, images, shares):
     if shares is None:
         return probabilities
     shares.copy_(SHARES_DECAY * shares + (1 - SHARES_DECAY) * probabilities.mean(0))
-    return diversified(probabilities, shares)
+    return debiased(probabilities, shares)
 
 
 def learning_rate_at(step, first, steps):
@@ -164,12 +159,12 @@ def learning_rate_at(step, first, steps):
 # ------------------------------------------------------------------------------------------- train
 
 def train(args):
-    """Train one run or, without --target, every run of the table that the other flags leave."""
-    cells = [dict(pieces=pieces, target=target, source=source, seed=seed) for _, pieces, seeds in ROWS + CONTROLS
-             for table in (DIRECTIONS if pieces == DEFAULTS['pieces'] else ('asked',))
-             for (target, source), seed in itertools.product(sorted(DIRECTIONS[table].items()), seeds)]
-    for run in digit_runs(args, PROBLEM, DEFAULTS, constants(), cells, name_of):
-        train_run(run, args.data_dir)
+    """Train the run of --target or, without it, the three runs that hw3_p4.sh uses."""
+    for target in [args.target] if args.target else sorted(SOURCE_OF):
+        defaults = dict(DEFAULTS, target=target, source=SOURCE_OF[target])
+        settings = dict(defaults, **given_flags(args, defaults))
+        path = args.ckpt or run_path(PROBLEM, DEFAULTS, settings, name_of(settings))
+        train_run(Run(args, PROBLEM, defaults, constants(), path), args.data_dir)
 
 
 def name_of(settings):
@@ -190,33 +185,34 @@ def train_run(run, data_dir):
     # ends of the source's part and of the adversarial one
     first, last = run.last_step // 10, run.last_step - run.last_step // 5
     # data
-    source, target, test = read_scenario(data_dir, settings)
-    (training, held_out), (adapting, watched) = [split_held_out(len(one.names)) for one in (source, target)]
+    source, target = [read_digits(data_dir, settings[domain], 'train') for domain in ('source', 'target')]
+    test = read_digits(data_dir, settings['target'], 'test')
+    (source_train, source_val), (target_train, target_val) = [
+        split_held_out(len(domain.names)) for domain in (source, target)]
     unlabelled = target.images             # without its labels
-    seen = view(to_float(unlabelled[adapting[:STATISTICS]]), unlabelled, adapting, pieces,
-                torch.Generator().manual_seed(settings['seed']), torch.device('cpu'))
+    statistics_images = statistics_of(unlabelled, target_train, unlabelled, target_train, pieces, settings['seed'])
     # nets
     config = dict(NET, normalise='normalise' in pieces)
-    net = run.keep(net=DigitNet(**config))
-    discriminator = run.keep(discriminator=DomainDiscriminator(
+    net = run.keep('net', DigitNet(**config))
+    discriminator = run.keep('discriminator', DomainDiscriminator(
         net.features * (10 if 'conditional' in pieces else 1), DISCRIMINATOR_HIDDEN))
-    average = run.keep(average=copy.deepcopy(net)).eval()
-    source_net = run.keep(source_net=copy.deepcopy(net)).eval()
-    shares = run.keep(shares=torch.full((10,), 0.1))       # of the digits that the teacher has named of late
-    run.facts(net, training_images=len(training), held_out=len(held_out), unlabelled=len(adapting),
-              data=content_sum(source.images, source.labels, target.images, test.images))
+    average = run.keep('average', copy.deepcopy(net)).eval()
+    source_net = run.keep('source_net', copy.deepcopy(net)).eval()
+    shares = run.keep('shares', torch.full((10,), 0.1))    # of the digits that the teacher has named of late
+    run.facts(net, training_images=len(source_train), held_out=len(source_val), unlabelled=len(target_train),
+              data=data_checksum(source.images, source.labels, target.images, test.images))
     # optimizers
     source_optimizer, discriminator_optimizer, target_optimizer = [
-        run.keep(**{name: torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))})
+        run.keep(name, torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99)))
         for name, module in (('source_optimizer', net), ('discriminator_optimizer', discriminator),
                              ('target_optimizer', net if 'anchor' in pieces else net.encoder))]
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch: labelled images with every class equally likely; unlabelled images at random
-        rows = training[balanced_rows(source.labels[training], run.batch_size, rng)]
+        rows = source_train[balanced_rows(source.labels[source_train], run.batch_size, rng)]
         labels = source.labels[rows].to(device)
-        x = view(to_float(source.images[rows]), unlabelled, adapting, pieces, rng, device)
-        rows = adapting[torch.randint(len(adapting), (run.batch_size,), generator=rng)]
+        x = augmented_view(to_float(source.images[rows]), unlabelled, target_train, pieces, rng, device)
+        rows = target_train[torch.randint(len(target_train), (run.batch_size,), generator=rng)]
         target_x = on_device(to_float(unlabelled[rows]), device)
         # the first steps train on the source; then the target encoder starts as a copy of the source encoder
         adapts, all_losses = step > first, step <= last or 'self_training' not in pieces
@@ -227,24 +223,25 @@ def train_run(run, data_dir):
         loss, scalars = 0, {}
         if adapts:
             with run.autocast():
-                features = net.encoder(view(target_x, unlabelled, adapting, pieces, rng, device))
+                features = net.encoder(augmented_view(target_x, unlabelled, target_train, pieces, rng, device))
                 logits = net.classifier(features)
         if adapts and all_losses and CONTROL not in pieces:
             # update: discriminator, on features of the source encoder and of the target encoder
             with torch.no_grad(), run.autocast():
                 source_features = source_net.encoder(x)
             # without dropout, by which the discriminator could tell the two apart
-            inputs = [discriminator_input(one.float(), net.classifier[-1](one.float()), 'conditional' in pieces)
-                      for one in (source_features, features)]
+            source_input, target_input = [
+                discriminator_input(part.float(), net.classifier[-1](part.float()), 'conditional' in pieces)
+                for part in (source_features, features)]
             with run.autocast():
-                of_source, of_target = [discriminator(one.detach()) for one in inputs]
-            domain = domain_loss(of_source.float(), of_target.float())
+                source_domain, target_domain = [discriminator(part.detach()) for part in (source_input, target_input)]
+            domain = domain_loss(source_domain.float(), target_domain.float())
             take_step(discriminator_optimizer, domain, learning_rate)
             with run.autocast():
-                fooled = fooling_loss(discriminator(inputs[1]).float())
-            loss = loss + ADVERSARIAL * fooled
-            scalars.update(domain_loss=domain.detach(), domain_accuracy=domain_accuracy(of_source, of_target),
-                           fooling_loss=fooled.detach())
+                adversarial = adversarial_loss(discriminator(target_input).float())
+            loss = loss + ADVERSARIAL * adversarial
+            scalars.update(domain_loss=domain.detach(), domain_accuracy=domain_accuracy(source_domain, target_domain),
+                           fooling_loss=adversarial.detach())
         if not adapts or all_losses and 'anchor' in pieces:
             with run.autocast():
                 label_loss = F.cross_entropy(net(x).float(), labels)
@@ -252,10 +249,10 @@ def train_run(run, data_dir):
             scalars['label_loss'] = label_loss.detach()
         if adapts and 'teacher' in pieces:
             with torch.no_grad(), run.autocast():
-                probabilities = taught(average, target_x, shares if 'diversity' in pieces else None)
-            confident, share = confident_loss(logits.float(), probabilities)
-            loss = loss + confident
-            scalars.update(confident_loss=confident.detach(), confident_share=share)
+                probabilities = teacher_probabilities(average, target_x, shares if 'diversity' in pieces else None)
+            pseudo_label, confident_share = pseudo_label_loss(logits.float(), probabilities)
+            loss = loss + pseudo_label
+            scalars.update(confident_loss=pseudo_label.detach(), confident_share=confident_share)
         # update: both nets on the source; then the target encoder, with anchor the classifier too
         if adapts and 'anchor' not in pieces and 'teacher' not in pieces:
             learning_rate *= ADVERSARIAL
@@ -264,16 +261,17 @@ def train_run(run, data_dir):
         # log and save
         run.log(**scalars, learning_rate=learning_rate)
         if run.saves:
-            run.measured(**measure_digits(with_statistics(average, seen, device), source.images[held_out],
-                                          source.labels[held_out], unlabelled[watched], device))
+            run.measured(**measure_held_out(with_statistics(average, statistics_images, device),
+                                            source.images[source_val], source.labels[source_val],
+                                            unlabelled[target_val], device))
     # final check from file; source_net is what adaptation began with
-    before, net = [with_statistics(run.from_file(DigitNet(**config), name), seen, device)
+    before, net = [with_statistics(run.from_file(DigitNet(**config), name), statistics_images, device)
                    for name in ('source_net', 'average')]
-    run.finish(net, config, dict(measure_target(net, test, target, watched, device),
+    run.finish(net, config, dict(measure_target(net, test, target, target_val, device),
                                  unadapted_accuracy=accuracy(before, test.images, test.labels, device)))
 
 
-def view(images, unlabelled, rows, pieces, rng, device):
+def augmented_view(images, unlabelled, rows, pieces, rng, device):
     """Return float images as the nets train on them: changed at random, if the pieces say so.
 
     unlabelled[rows] are the uint8 images of the target whose pieces may become backgrounds.
@@ -287,14 +285,21 @@ def view(images, unlabelled, rows, pieces, rng, device):
     return on_device(images, device)
 
 
+def statistics_of(images, rows, unlabelled, target_rows, pieces, seed):
+    """Return float images, as a run of this seed trains on them, that give the batch norms their statistics."""
+    return augmented_view(to_float(images[rows[:STATISTICS]]), unlabelled, target_rows, pieces,
+                          torch.Generator().manual_seed(seed), torch.device('cpu'))
+
+
 # ------------------------------------------------------------------------------------------- infer
 
 def infer(args):
     """Label the images in the folder --images and write the assignment's CSV to --out."""
-    check_out(args.out)
+    check_output(args.out)
     device = pick_device(args.device or 'cpu')
-    write_predictions(args.out, *label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
-                                              args.batch_size or DEFAULTS['batch_size'], device))
+    names, labels = label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
+                                 args.batch_size or DEFAULTS['batch_size'], device)
+    write_predictions(args.out, names, labels)
 
 
 def shipped(target, **changed):
@@ -308,101 +313,87 @@ def shipped(target, **changed):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', table_rows('asked'), asked=4)
-    plot_table(os.path.join(args.out, 'table4_others'), 'The other directions', table_rows('others'),
-               directions=DIRECTIONS['others'])
-    curves, of_improved, of_plain = {}, {}, {}
+    figures.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', table_rows('asked'), asked=4)
+    figures.plot_table(os.path.join(args.out, 'table4_others'), 'The other directions', table_rows('others'),
+                       directions=DIRECTIONS['others'])
+    logs, predictions, plain_predictions = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):
-        title = scenario_name(target)
-        digits = [read_digits(args.data_dir, domain, 'test') for domain in (source, target)]
-        images, labels, domains = pick_test_images(digits)
-        for predicted, ckpt in ((of_plain, shipped(target, pieces='')), (of_improved, shipped(target))):
-            net = load_net(DigitNet, ckpt, PROBLEM, device)[0]
-            predicted[title] = digits[1], probabilities_of(net, digits[1].images, device)
-        # as in training, each domain has batch statistics of its own
-        of_source = with_statistics(net, source_seen(args.data_dir, source, target), device)
-        features = torch.cat([run_batches(lambda batch, one=one: one.encoder(to_float(batch)), device, part)
-                              for one, part in zip((of_source, net), images.chunk(2))])
-        plot_features(os.path.join(args.out, f'fig4_2_{target}.png'), f'improved ADDA, {title}', features, labels,
-                      domains)
-        curves[title] = read_log(base_of(ckpt) + '.jsonl')
+        title = figures.scenario_name(target)
+        test = [read_digits(args.data_dir, domain, 'test') for domain in (source, target)]
+        plain, net = [load_net(DigitNet, ckpt, PROBLEM, device)[0]
+                      for ckpt in (shipped(target, pieces=''), shipped(target))]
+        plot_tsne(os.path.join(args.out, f'fig4_2_{target}.png'), f'improved ADDA, {title}', net, args.data_dir,
+                  (source, target), test, device)
+        logs[title] = read_log(base_of(shipped(target)) + '.jsonl')
+        predictions[title] = test[1], predict_probabilities(net, test[1].images, device)
+        plain_predictions[title] = test[1], predict_probabilities(plain, test[1].images, device)
     write_text(os.path.join(args.out, 'fig4_3.txt'),
                f'{net}\n{DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}\n')
-    plot_learning_curves(os.path.join(args.out, 'fig4_4.png'), curves)
-    plot_confusion(os.path.join(args.out, 'fig4_6.png'), of_improved)
-    plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), of_plain)
-    plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), of_improved)
+    steps = logs[title][-1]['step']        # adaptation and self-training begin after a tenth and four fifths
+    figures.plot_digit_curves(
+        os.path.join(args.out, 'fig4_4.png'), logs, legend='lower right', lines=(steps // 10, steps - steps // 5),
+        scalars=dict(label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of the discriminator',
+                     confident_share=f'Labels at least {CONFIDENT:g} sure (share)'))
+    figures.plot_confusion(os.path.join(args.out, 'fig4_6.png'), predictions)
+    figures.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain_predictions)
+    figures.plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), predictions)
     print(f'twelve figures and tables are in {args.out}')
 
 
+def plot_tsne(path, title, net, data_dir, scenario, test, device):
+    """fig4_2: t-SNE of the features of test images, the DigitImages of source and target in the list test."""
+    images, labels, domains = figures.pick_test_images(test)
+    # as in training, each domain has batch statistics of its own
+    digits, unlabelled = [read_digits(data_dir, domain, 'train') for domain in scenario]
+    rows, target_rows = [split_held_out(len(domain.names))[0] for domain in (digits, unlabelled)]
+    source_net = with_statistics(net, statistics_of(digits.images, rows, unlabelled.images, target_rows, PIECES, 0),
+                                 device)
+    source_images, target_images = images.chunk(2)
+    features = torch.cat([digit_features(source_net, source_images, device),
+                          digit_features(net, target_images, device)])
+    figures.plot_features(path, title, features, labels, domains)
+
+
 def table_rows(directions):
-    """table4 ('asked') and table4_others ('others'): rows of (label, records of the results logs)."""
-    found, bounds = rows_of(PROBLEM), rows_of('p3_dann')
-    lower, dann, upper = [bounds.get(name, []) for name in ('source', 'dann_entropy', 'target')]
-    plain, improved, control = [found.get(name, []) for name in ('plain', 'improved', 'improved_' + CONTROL)]
+    """table4 ('asked') and table4_others ('others'): rows of (label, results of the runs, key of the accuracy)."""
+    results, bounds = read_results(PROBLEM, 'improved'), read_results('p3_dann', 'dann_entropy')
+    lower, dann, upper = [bounds.get(row, []) for row in ('source', 'dann_entropy', 'target')]
+    plain, improved, control = [results.get(row, []) for row in ('plain', 'improved', 'improved_' + CONTROL)]
     # an upper bound uses no source, so it is that of every direction
-    upper = [dict(record, source=DIRECTIONS[directions][record['target']]) for record in upper]
-    rows = [('lower bound: source only', lower), ('DANN + entropy', dann), ('improved ADDA', improved),
-            ('upper bound: target only', upper)]
+    upper = [dict(run, source=DIRECTIONS[directions][run['target']]) for run in upper]
+    rows = [('lower bound: source only', lower, 'accuracy'), ('DANN + entropy', dann, 'accuracy'),
+            ('improved ADDA', improved, 'accuracy'), ('upper bound: target only', upper, 'accuracy')]
     if directions == 'others':
         return rows
     return rows + [
-        ('improved ADDA, shipped: seed 0', of_seed_0(improved)),
-        ('improved ADDA, before adaptation', with_other_accuracy(improved, 'unadapted_accuracy')),
-        ('improved ADDA, no discriminator', control), ('plain ADDA', plain),
-        ('plain ADDA, before adaptation', with_other_accuracy(plain, 'unadapted_accuracy')),
-        ('improved ADDA, on 500 held-out target images', with_other_accuracy(improved, 'held_out_accuracy'))]
-
-
-def source_seen(data_dir, source, target):
-    """Return source images as a run of seed 0 sees them, which give the batch norms their statistics."""
-    digits, unlabelled = [read_digits(data_dir, domain, 'train') for domain in (source, target)]
-    rows, adapting = [split_held_out(len(one.names))[0] for one in (digits, unlabelled)]
-    return view(to_float(digits.images[rows[:STATISTICS]]), unlabelled.images, adapting, PIECES,
-                torch.Generator().manual_seed(0), torch.device('cpu'))
-
-
-def plot_learning_curves(path, curves):
-    """fig4_4: label loss, the discriminator's accuracy and the share of target images whose labels count."""
-    figure, axes = new_figure(2.4, columns=3)
-    for one, name in zip(axes, ('label_loss', 'domain_accuracy', 'confident_share')):
-        for colour, (title, log) in zip(COLOURS, curves.items()):
-            points = [(record['step'], record[name]) for record in log if name in record]
-            one.plot(*zip(*points), color=colour, label=title)
-            steps = log[-1]['step']
-        for step in (steps // 10, steps - steps // 5):     # adaptation and self-training begin
-            one.axvline(step, color=COLOURS[6], linewidth=0.8, linestyle='--')
-        one.grid(True)
-        one.set(xlabel='training step', xlim=(0, steps))
-    axes[0].set_yscale('log')
-    log_axis(axes[0].yaxis)
-    axes[0].set_title('Label loss, source (nats)')
-    axes[1].set_title('Accuracy of the discriminator')
-    axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8, linestyle=':')       # chance
-    axes[2].set_title(f'Labels at least {CONFIDENT:g} sure (share)')
-    axes[2].legend(loc='lower right')
-    save_figure(path, figure)
+        ('improved ADDA, shipped: seed 0', [run for run in improved if run['seed'] == 0], 'accuracy'),
+        ('improved ADDA, before adaptation', improved, 'unadapted_accuracy'),
+        ('improved ADDA, no discriminator', control, 'accuracy'), ('plain ADDA', plain, 'accuracy'),
+        ('plain ADDA, before adaptation', plain, 'unadapted_accuracy'),
+        ('improved ADDA, on 500 held-out target images', improved, 'held_out_accuracy')]
 
 
 # ----------------------------------------------------------------------------------- command line
 
+def read_pieces(text):
+    """Return the pieces that text names, with commas between, in the order of PIECES: a type for argparse."""
+    pieces = {'all': PIECES, 'none': ()}.get(text, text.split(','))
+    if not set(pieces) <= set(PIECES + (CONTROL,)):
+        raise argparse.ArgumentTypeError('choose all, none or some of ' + ','.join(PIECES + (CONTROL,)))
+    for piece, base in (('patches', 'augment'), ('diversity', 'teacher'), ('self_training', 'teacher')):
+        if piece in pieces and base not in pieces:
+            raise argparse.ArgumentTypeError(f'{piece} does nothing without {base}: add it')
+    if CONTROL in pieces and not {'anchor', 'teacher'} & set(pieces):
+        raise argparse.ArgumentTypeError(f'{CONTROL} leaves no loss: add anchor or teacher')
+    return ','.join(piece for piece in PIECES + (CONTROL,) if piece in pieces)
+
+
 def parse_args(argv=None):
     parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'label a folder', 'CSV file to write')
     add_domains(parser)
-    parser.add_argument('--pieces', help='--train: what is added to plain ADDA, with commas between: all, '
-                        'none or some of ' + ', '.join(PIECES + (CONTROL,)))
-    args = parse_shared(parser, PROBLEM, ['images', 'target', 'out'], argv)
-    if args.pieces is not None:
-        chosen = {'all': PIECES, 'none': ()}.get(args.pieces, args.pieces.split(','))
-        if not set(chosen) <= set(PIECES + (CONTROL,)):
-            parser.error('--pieces must be all, none or some of ' + ','.join(PIECES + (CONTROL,)))
-        for piece, base in (('patches', 'augment'), ('diversity', 'teacher'), ('self_training', 'teacher')):
-            if piece in chosen and base not in chosen:
-                parser.error(f'--pieces {piece} does nothing without {base}: add it')
-        if CONTROL in chosen and not {'anchor', 'teacher'} & set(chosen):
-            parser.error(f'--pieces {CONTROL} leaves no loss: add anchor or teacher')
-        args.pieces = ','.join(piece for piece in PIECES + (CONTROL,) if piece in chosen)
-    return args
+    parser.add_argument('--pieces', type=read_pieces, help='--train: what is added to plain ADDA, with commas between: '
+                        'all, none or some of ' + ', '.join(PIECES + (CONTROL,)))
+    return parse_shared(parser, PROBLEM, ['images', 'target', 'out'], argv)
 
 
 def main(argv=None):

@@ -1,14 +1,9 @@
-"""What the tests share: a small data folder drawn here, and the project's commands as users call them."""
+"""What the tests share: a small data folder drawn here, and how they call the project."""
 import csv
-import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -19,6 +14,8 @@ sys.path.insert(0, ROOT)
 
 # two tests run side by side on two cores: more threads would wait for each other
 os.environ['OMP_NUM_THREADS'] = '1'
+
+import datasets                                                                     # noqa: E402
 
 ATTRIBUTES = ['Bangs', 'Blond_Hair', 'Male', 'Smiling']
 
@@ -32,60 +29,26 @@ def run(command, cwd=ROOT, timeout=300, **environment):
                           stdin=subprocess.DEVNULL, universal_newlines=True)
 
 
-# a server that has imported what takes long; of the scripts nothing, since a test may run a copy of them
-SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['pytest', 'torch', 'torch._dynamo'])
+def call(program, *words):
+    """Call program.main(words) in this process, as its command line would; an exit is an error."""
+    program.main([str(word) for word in words])
 
 
-def execute(words, cwd, folder):
-    """Be python3 -c in the folder cwd, with its output in files of another folder."""
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(str(cwd))
-    sys.argv = words[1:2] + words[3:]
-    exec(words[2], {'__name__': '__main__'})
+def refusal(capsys, program, *words):
+    """Call program.main(words), which must end in one line for its user; return (exit status, the line)."""
+    with pytest.raises(SystemExit) as stop:
+        program.main([str(word) for word in words])
+    message = stop.value.code
+    if isinstance(message, str):           # Python prints it on stderr and exits with 1
+        assert '\n' not in message
+        return 1, message
+    return message, capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def start_code(command, cwd, folder):
-    """Start a command, python3 -c with its words, as a process that is forked from the server."""
-    words = [str(word) for word in command]
-    assert words[:2] == ['python3', '-c']
-    process = SERVER.Process(target=execute, args=(words, cwd, folder))
-    process.start()
-    return process
-
-
-def output(folder):
-    """What a command that start_code started has written to stdout and stderr."""
-    texts = []
-    for name in ('stdout', 'stderr'):
-        with open(os.path.join(folder, name), encoding='utf8') as file:
-            texts.append(file.read())
-    return texts
-
-
-def run_code(command, cwd=ROOT, timeout=300):
-    """Run a command of start_code to its end.  Returns what run returns, but some seconds sooner."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = start_code(command, cwd, folder)
-        process.join(timeout)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, process.exitcode, *output(folder))
-
-
-def kill_code(command, condition):
-    """Start a command of start_code and kill it (kill -9) as soon as condition() holds."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = start_code(command, ROOT, folder)
-        while not condition():
-            assert process.exitcode is None, 'the run ended before it could be killed: ' + output(folder)[1]
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    # the server of Python 3.6 does not know which signal it was
-    assert process.exitcode == (255 if sys.version_info < (3, 7) else -signal.SIGKILL)
+@pytest.fixture(autouse=True)
+def read_anew():
+    """Digits that an earlier test has read are read again, for it may have changed them."""
+    datasets.read_digits.cache_clear()
 
 
 def assert_one_line(result, *words, code=1):
@@ -95,24 +58,6 @@ def assert_one_line(result, *words, code=1):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert str(word) in lines[0]
-
-
-def refusals(program, rows, cwd):
-    """What a program says to each row of flags: exit code and stderr; in one process, which is quicker."""
-    code = (f'import contextlib, io, json, sys; sys.path.insert(0, {ROOT!r}); import {program} as program\n'
-            f'sys.argv[0], found = "{program}.py", []\n'
-            'for flags in json.loads(sys.argv[1]):\n'
-            '    stderr = io.StringIO()\n'
-            '    with contextlib.redirect_stderr(stderr):\n'
-            '        try:\n'
-            '            program.main(flags)\n'
-            '            found.append((0, stderr.getvalue()))\n'
-            '        except SystemExit as error:\n'
-            '            found.append((error.code, stderr.getvalue()))\n'
-            'print(json.dumps(found))')
-    result = run_code(['python3', '-c', code, json.dumps(rows)], cwd)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def draw_face(rng):
@@ -197,6 +142,8 @@ def copy_of_project(tmp_path):
     folder = tmp_path / 'a copy'
     folder.mkdir()
     (folder / 'checkpoints').mkdir()
+    (folder / 'report').mkdir()
+    shutil.copy(os.path.join(ROOT, 'report', 'figures.py'), str(folder / 'report'))
     for name in os.listdir(ROOT):
         if name.endswith(('.sh', '.py')):
             shutil.copy(os.path.join(ROOT, name), str(folder))
