@@ -7,6 +7,7 @@ flags, and how a mistake ends.
 import argparse
 import csv
 import functools
+import io
 import os
 import shlex
 import shutil
@@ -145,23 +146,19 @@ def read_label_file(path, names):
     return table.set_index('image_name').loc[names]
 
 
-def read_numbers(column, path, fix):
-    """Return a column of texts as (N,) float64; raises UserError with the row of the first that is no number."""
+def read_numbers(column, path, allowed):
+    """Return a column of texts as (N,) float64.  Raises UserError with the row of the first that is not allowed."""
     import pandas as pd
     values = pd.to_numeric(column, errors='coerce')
-    if values.isnull().any():
-        name = values.index[values.isnull()][0]
-        raise UserError(f'{path} says {column[name]!r} of {name} in column {column.name}, which is no number: {fix}')
+    wrong = values.index[~values.isin(allowed)]
+    if len(wrong):
+        raise UserError(f'{path} says {column[wrong[0]]!r} of {wrong[0]} in column {column.name}: write one of '
+                        + ', '.join(map(str, allowed)))
     return values.values.astype(float)
 
 
 class FaceImages:
-    """The faces of one split, read once into memory.
-
-    Attributes:
-        names       list of N file names, sorted
-        images      (N, 3, 64, 64) uint8 tensor
-        attributes  DataFrame (N, 13) of texts, 0.0 and 1.0, one named column for each attribute
+    """The faces of one split: names (N, sorted), images (N, 3, 64, 64) uint8, attributes (a DataFrame of N texts each).
 
     Raises UserError for whatever is wrong with the folder, its CSV or one of its images.
     """
@@ -177,18 +174,13 @@ class FaceImages:
         """Return (N,) bool: which faces have the attribute.  Raises UserError if it is unknown."""
         if name not in self.attributes.columns:
             raise UserError(f'{self.csv} has no attribute {name}: choose one of ' + ', '.join(self.attributes.columns))
-        return read_numbers(self.attributes[name], self.csv, 'write 0.0 or 1.0') > 0.5
+        return read_numbers(self.attributes[name], self.csv, (0, 1, -1)) > 0.5
 
 
 class DigitImages:
-    """The digits of one domain's split, read once into memory.
+    """The digits of one domain's split: names (N, sorted), images (N, 3, 28, 28) uint8, labels (N,) int64 of 0 .. 9.
 
-    Attributes:
-        names   list of N file names, sorted
-        images  (N, 3, 28, 28) uint8 tensor; the three channels of a grey image are equal
-        labels  (N,) int64 tensor of 0 .. 9
-
-    Raises UserError for whatever is wrong with the folder, its CSV or one of its images.
+    The three channels of a grey image are equal.  Raises UserError as FaceImages does.
     """
 
     def __init__(self, data_dir, domain, split):
@@ -198,12 +190,7 @@ class DigitImages:
         if 'label' not in table.columns:
             raise UserError(f'{folder}.csv has no column label, only image_name and '
                             f'{", ".join(table.columns) or "nothing else"}: replace it')
-        labels = read_numbers(table['label'], folder + '.csv', 'write a digit 0 .. 9')
-        wrong = ~np.isin(labels, range(10))
-        if wrong.any():
-            row = wrong.argmax()
-            raise UserError(f'{folder}.csv says {table["label"].iloc[row]!r} of {self.names[row]}: '
-                            'write a digit 0 .. 9')
+        labels = read_numbers(table['label'], folder + '.csv', range(10))
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.images = read_images(folder, self.names, DIGIT_SIZE)
 
@@ -373,7 +360,7 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    """Write a text to path, in UTF-8 with \\n at the end of lines; a name that is no text keeps its bytes."""
+    """Write a text to path, in UTF-8 with \\n at the end of lines; a file name that is no text keeps its bytes."""
     def write(temporary):
         with open(temporary, 'w', encoding='utf8', errors='surrogateescape', newline='') as file:
             file.write(text)
@@ -382,10 +369,9 @@ def write_text(path, text):
 
 def write_table(path, rows):
     """Write rows of values to path as CSV."""
-    def write(temporary):
-        with open(temporary, 'w', encoding='utf8', errors='surrogateescape', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerows(rows)
-    write_whole(path, write)
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_predictions(path, names, labels):

@@ -426,16 +426,14 @@ def cosine_rate(step, steps, peak, warm_up):
     return peak * min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
-def set_learning_rate(optimizer, learning_rate):
+def take_step(optimizer, loss, learning_rate, max_norm=None):
+    """Let an optimizer take one step down the gradient of loss, whose norm is limited to max_norm if that is given."""
     for group in optimizer.param_groups:
         group['lr'] = learning_rate
-
-
-def take_step(optimizer, loss, learning_rate):
-    """Let an optimizer take one step down the gradient of loss."""
-    set_learning_rate(optimizer, learning_rate)
     optimizer.zero_grad()
     loss.backward()
+    if max_norm:
+        nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group['params']], max_norm)
     optimizer.step()
 
 
@@ -642,13 +640,10 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
         single_colour = (images == images[:, :, :1, :1]).flatten(1).all(1)
         return predict(net, images, device, batch_size).tolist(), single_colour.tolist()
     parts = [names[start:start + FOLDER_PART] for start in range(0, len(names), FOLDER_PART)]
-    labels, single_colour, shown = [], [], time.time()
+    labels, single_colour = [], []
     for part_labels, part_single_colour in in_threads(label_part, parts, device):
         labels += part_labels
         single_colour += part_single_colour
-        if time.time() - shown > 2:
-            print(f'{len(labels):,} of {len(names):,} images', flush=True)
-            shown = time.time()
     if any(single_colour):
         warn(f'{names[single_colour.index(True)]} has a single colour ({sum(single_colour)} such of {len(names)} '
              'images): its label means nothing')
@@ -668,14 +663,12 @@ class Run:
         net = run.keep('net', Net(**NET))                # is saved with the run, and restored by --resume
         run.facts(net, training_images=len(images))
         for step in run.steps(LOG_EVERY, SAVE_EVERY):
-            rows = torch.randint(..., generator=run.rng)
-            ...                                          # the algorithm
+            ...                                          # the algorithm, whose random numbers come from run.rng
             run.log(loss=loss)                           # a record holds the means since the last record
             if run.saves:
                 run.measured(error=...)                  # on held-out images
                 run.choose(error, net)                   # where the least error chooses the weights
-        net = run.from_file(Net(**NET), 'chosen')
-        run.finish(net, NET, metrics)
+        run.finish(run.from_file(Net(**NET), 'chosen'), NET, metrics)
 
     args are the flags of the command line.  defaults are the settings that have a flag of the same name.
     constants are the constants of the method, with names in capitals.
@@ -697,7 +690,7 @@ class Run:
         self.state = self._find_state(args.resume)
         self.resumed = self.state is not None
         if self.resumed:
-            self._check_resumed(given_flags(args, defaults), plain(constants))
+            self._check_same(self.state['settings'], dict(given_flags(args, defaults), **plain(constants)))
             self.settings, self.precision = self.state['settings'], self.state['precision']
             self.command, self.chosen = self.state['command'], self.state['chosen']
             self.records, self.step = self.state['log'], self.state['step']
@@ -726,16 +719,11 @@ class Run:
                             'if it was stopped, add --resume to go on with it, or delete it to start anew')
         return state if resume else None
 
-    def _check_resumed(self, flags, constants):
-        settings = self.state['settings']
-        for name, value in flags.items():
-            if value != settings[name]:
-                raise UserError(f'{self.state_path} was started with --{name} {settings[name]}: resume without '
-                                f'--{name}, or delete it to start anew')
-        for name, value in constants.items():
-            if settings.get(name) != value:
-                raise UserError(f'{self.state_path} was made with {name} = {settings.get(name)}, and the script now '
-                                f'has {value}: undo that change, or delete the run to make it anew')
+    def _check_same(self, saved, now):
+        for name, value in now.items():
+            if value != saved.get(name):
+                raise UserError(f'{self.state_path} was started with {name} {saved.get(name)}, and now it is {value}: '
+                                'take that change back, or delete the file to start anew')
 
     def keep(self, name, thing):
         """Return thing, which is saved with the run under name, and restored here by --resume.
@@ -765,11 +753,7 @@ class Run:
         """
         facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
         if self.resumed:
-            for name, value in facts.items():
-                if self.state['facts'].get(name) != value:
-                    raise UserError(f'{self.state_path} was started with {name.replace("_", " ")} '
-                                    f'{self.state["facts"].get(name)}, and now it is {value}: resume with the data and '
-                                    'the files of that start, or delete it to start anew')
+            self._check_same(self.state['facts'], facts)
         else:
             gpu = dict(gpu=torch.cuda.get_device_name(self.device)) if self.device.type == 'cuda' else {}
             self.records.append(dict(

@@ -24,7 +24,7 @@ from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_
                       data_checksum, make_grid, new_parser, number_between, parse_shared, random_flip, run_command,
                       save_picture, save_single_images, split_held_out, to_float, to_uint8, write_table, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, default_path, load_net, on_device,
-                    pick_device, read_log, run_batches, set_learning_rate, sha256, update_average)
+                    pick_device, read_log, run_batches, sha256, take_step, update_average)
 from report import figures
 
 PROBLEM = 'p1_vae'
@@ -136,16 +136,11 @@ def train(args):
         # update: reconstruction + lambda_KL KL
         learning_rate = cosine_rate(step, run.last_step, LEARNING_RATE, LEARNING_RATE_WARM_UP)
         lambda_kl = lambda_kl_at(step, settings)
-        set_learning_rate(optimizer, learning_rate)
         with run.autocast():
             output, mean, log_variance = vae(x, noise)
         reconstruction = reconstruction_loss(output.float(), x)
         kl = kl_divergence(mean.float(), log_variance.float()).mean()
-        loss = reconstruction + lambda_kl * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
-        optimizer.step()
+        take_step(optimizer, reconstruction + lambda_kl * kl, learning_rate, max_norm=GRADIENT_NORM)
         update_average(average, vae, step, AVERAGE_DECAY)
         # log and save
         run.log(reconstruction=reconstruction.detach(), kl=kl.detach(), learning_rate=learning_rate)
