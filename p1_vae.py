@@ -243,10 +243,10 @@ def plot_learning_curves(path, log):
     for kind, colour, label in (('train', figures.COLOURS[4], 'training batch (net in training)'),
                                 ('held_out', figures.COLOURS[5], 'held-out faces (averaged weights)')):
         records = [record for record in log if record['kind'] == kind]
-        seen = [record['step'] * settings['batch_size'] / 1000 for record in records]
-        for one, scalar in zip(axes, ('reconstruction', 'kl')):
-            one.plot(seen, [record[scalar] for record in records], color=colour, label=label,
-                     linewidth=1.4 if kind == 'held_out' else 0.7)
+        images_seen = [record['step'] * settings['batch_size'] / 1000 for record in records]
+        for panel, scalar in zip(axes, ('reconstruction', 'kl')):
+            panel.plot(images_seen, [record[scalar] for record in records], color=colour, label=label,
+                       linewidth=1.4 if kind == 'held_out' else 0.7)
     axes[0].set(title='Reconstruction, decoded from a draw of q(z|x)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
@@ -254,9 +254,9 @@ def plot_learning_curves(path, log):
     axes[0].yaxis.set_major_formatter('{x:g}')
     axes[0].yaxis.set_minor_formatter('{x:g}')
     figures.log_axis(axes[1].yaxis)
-    for one in axes:
-        one.grid(True, which='both')
-        one.legend()
+    for panel in axes:
+        panel.grid(True, which='both')
+        panel.legend()
     figures.save_figure(path, figure)
 
 
@@ -266,25 +266,23 @@ def plot_reconstructions(path, vae, test, means, device):
     images, decoded = test.images[rows], run_batches(vae.decoder, device, means[rows])
     errors = ((decoded - to_float(images)) ** 2).mean((1, 2, 3))
     figure, axes = figures.new_figure(2.1)
-    figures.draw_pixels(axes, make_grid(torch.cat([images, to_uint8(decoded)]), columns=10))
+    figures.draw_images(axes, torch.cat([images, to_uint8(decoded)]), 10, left=('testing image', 'reconstruction'),
+                        above=[os.path.splitext(test.names[row])[0] for row in rows])
+    axes.text(-6, 149, 'MSE', ha='right', va='center')
     for index, error in enumerate(errors.tolist()):
-        axes.text(35 + 66 * index, -5, os.path.splitext(test.names[rows[index]])[0], ha='center')
         axes.text(35 + 66 * index, 152, figures.rounded(error, 4), ha='center')
-    for y, text in ((35, 'testing image'), (101, 'reconstruction'), (149, 'MSE')):
-        axes.text(-6, y, text, ha='right', va='center')
     axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
                    'MSE per pixel in [0, 1]', pad=14)
     figures.save_figure(path, figure)
-    write_text(os.path.splitext(path)[0] + '.csv', 'image_name,mse\n' + ''.join(
-        f'{name},{figures.rounded(error, 4)}\n' for name, error in
-        [(test.names[row], error) for row, error in zip(rows, errors.tolist())] + [('mean', float(errors.mean()))]))
+    write_table(os.path.splitext(path)[0] + '.csv', [('image_name', 'mse')] + [
+        (test.names[row], figures.rounded(error, 4)) for row, error in zip(rows, errors.tolist())]
+        + [('mean', figures.rounded(float(errors.mean()), 4))])
 
 
 def plot_latent_space(path, means, has_attribute, attribute, accuracy):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
     figure, axes = figures.new_figure(3.6)
-    figures.draw_points(axes, figures.embed(means.numpy()), has_attribute.astype(int),
-                [f'not {attribute}', attribute])
+    figures.draw_points(axes, figures.embed(means.numpy()), has_attribute.astype(int), [f'not {attribute}', attribute])
     percent = figures.rounded(100 * accuracy, 1)
     axes.set_title(f'Latent means of {len(means):,} test faces by t-SNE, coloured by {attribute}\n(a linear classifier '
                    f'reads it from the latent means with a balanced accuracy of {percent} %)')
@@ -311,18 +309,14 @@ def plot_walks(path, vae, test, means, attribute, device):
         titles.append(name)
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
     figure, axes = figures.new_figure(5.4, rows=2)
-    for one, first, ticks, title in (
+    for panel, first, ticks, title in (
             (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
              'Straight walks between the latent means of two test faces'),
             (axes[1], 4, [f'{times:+.1f}' for times in np.linspace(-2, 2, 9)],
              'One test face moved along attributes: multiples of the difference between\n'
              'the mean of the faces that have the attribute and of those that do not')):
-        figures.draw_pixels(one, make_grid(decoded[9 * first:9 * (first + 4)], columns=9))
-        for index, tick in enumerate(ticks):
-            one.text(35 + 66 * index, -5, tick, ha='center')
-        for index, name in enumerate(titles[first:first + 4]):
-            one.text(-6, 35 + 66 * index, name, ha='right', va='center')
-        one.set_title(title, pad=14)
+        figures.draw_images(panel, decoded[9 * first:9 * (first + 4)], 9, left=titles[first:first + 4], above=ticks)
+        panel.set_title(title, pad=14)
     figures.save_figure(path, figure)
 
 

@@ -268,9 +268,9 @@ def train(args):
                                                     strength, rng)).mean()
         run.log(**scalars, learning_rate=discriminator_rate)
         if run.saves:
-            score_of_average = measure(average, judge, held_out, device)
-            run.measured(**score_of_average)
-            run.choose(score_of_average['frechet'], average)
+            frechet = measure(average, judge, held_out, device)['frechet']
+            run.measured(frechet=frechet)
+            run.choose(frechet, average)
             if step % SAVE_EVERY == 0 and math.log2(step // SAVE_EVERY) % 1 == 0:
                 progress.append((step, generate_faces(average, COLUMNS, 0, device)))
     # final check from file
@@ -367,10 +367,10 @@ def plot_learning_curves(path, log):
 
 def score_of(path, scores):
     """Return the scores of the checkpoint file at path as text; they belong to these very bytes."""
-    found = [record for record in scores if record.get('sha256') == sha256(path)]
-    if not found:
+    of_file = [record for record in scores if record.get('sha256') == sha256(path)]
+    if not of_file:
         return 'not scored'
-    return 'clear {}, Fréchet {}, nearest {}'.format(*[figures.rounded(found[0][name], places) for name, places in (
+    return 'clear {}, Fréchet {}, nearest {}'.format(*[figures.rounded(of_file[0][name], places) for name, places in (
         ('clear', 3), ('frechet', 1), ('nearest', 3))])
 
 
@@ -381,8 +381,8 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     and their mirror images.
     """
     figure, axes = figures.new_figure(5.6, rows=2)
-    of_vae = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
-    both = torch.cat([part[4 * row:4 * row + 4] for row in range(4) for part in (of_vae, images)])
+    vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
+    both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
     figures.draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
         axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
@@ -399,15 +399,13 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
         chosen = nearest[:, rank]
         mirrored = (distances[range(8), chosen + len(training)] < distances[range(8), chosen]).long()
         rows.append(candidates[chosen + mirrored * len(training)])
-    figures.draw_pixels(axes[1], make_grid(torch.cat(rows), 8))
-    for index, text in enumerate(('GAN', 'nearest', 'second', 'third')):
-        axes[1].text(-6, 35 + 66 * index, text, ha='right', va='center')
+    figures.draw_images(axes[1], torch.cat(rows), 8, left=('GAN', 'nearest', 'second', 'third'))
     lines = [f'The nearest of {len(training):,} training faces, by the latent means of the VAE']
-    of_drawn, of_held_out = [[record['copied_least'] for record in scores if record.get('sha256') == wanted]
+    generated, held_out = [[record['copied_least'] for record in scores if record.get('sha256') == wanted]
                              for wanted in (sha256(ckpt), None)]     # real faces have no sum
-    if of_drawn and of_held_out:
+    if generated and held_out:
         lines.append('First percentile of the distance to the nearest one: 1,000 generated faces {}, '
-                     'held-out faces {}'.format(figures.rounded(of_drawn[0], 2), figures.rounded(of_held_out[0], 2)))
+                     'held-out faces {}'.format(figures.rounded(generated[0], 2), figures.rounded(held_out[0], 2)))
     axes[1].set_title('\n'.join(lines))
     figures.save_figure(path, figure)
 
@@ -417,10 +415,9 @@ def plot_progress(path, checkpoint, last):
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [
         (checkpoint['step'], last)]
     figure, axes = figures.new_figure(0.56 * len(progress) + 0.4)
-    figures.draw_pixels(axes, make_grid(torch.cat([images for _, images in progress]), COLUMNS))
-    for index, (step, _) in enumerate(progress):
-        axes.text(-6, 35 + 66 * index, f'{step * checkpoint["settings"]["batch_size"] / 1000:,.0f}', ha='right',
-                  va='center')
+    batch_size = checkpoint['settings']['batch_size']
+    figures.draw_images(axes, torch.cat([images for _, images in progress]), COLUMNS,
+                        left=[f'{step * batch_size / 1000:,.0f}' for step, _ in progress])
     axes.set_title('The same eight noise vectors after so many thousand training images (averaged weights)')
     figures.save_figure(path, figure)
 
@@ -436,9 +433,7 @@ def plot_walks(path, generator, device):
     noise = torch.from_numpy(np.array(walks, np.float32))
     generated = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
     figure, axes = figures.new_figure(3.6)
-    figures.draw_pixels(axes, make_grid(generated, 9))
-    for index, tick in enumerate(['first'] + [f'{share}/8' for share in range(1, 8)] + ['second']):
-        axes.text(35 + 66 * index, -5, tick, ha='center')
+    figures.draw_images(axes, generated, 9, above=['first'] + [f'{share}/8' for share in range(1, 8)] + ['second'])
     axes.set_title('Walks between two noise vectors, along the great circle', pad=14)
     figures.save_figure(path, figure)
 

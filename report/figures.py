@@ -81,6 +81,16 @@ def draw_pixels(axes, pixels):
     axes.axis('off')
 
 
+def draw_images(axes, images, columns, left=(), above=()):
+    """Fill axes with (N, 3, H, W) uint8 images in rows, with texts to the left of rows and above columns."""
+    draw_pixels(axes, make_grid(images, columns))
+    height, width = images.shape[2] + 2, images.shape[3] + 2       # with the gap
+    for index, text in enumerate(left):
+        axes.text(-6, height * (index + 0.5) + 2, text, ha='right', va='center')
+    for index, text in enumerate(above):
+        axes.text(width * (index + 0.5) + 2, -5, text, ha='center')
+
+
 def rounded(value, places):
     """Return a number as text with so many decimals.  Halves go away from 0, as a reader expects, not to even."""
     step = decimal.Decimal(1).scaleb(-places)
