@@ -467,15 +467,15 @@ def run_batches(function, device, *inputs, batch_size=50):
     return tuple(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*outputs))
 
 
-def in_threads(function, parts, device):
-    """Yield function(part) for each of parts in turn, computed on as many threads as torch has (on a GPU: on one).
+def in_threads(function, parts, device, threads):
+    """Yield function(part) for each of parts in turn, computed on so many threads (on a GPU: on one).
 
     Each of them computes with one thread of torch, so that a result does not depend on their number.
     """
     def compute(part):
         torch.set_num_threads(1)           # for the thread that calls it
         return function(part)
-    with ThreadPoolExecutor(1 if device.type == 'cuda' else torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(1 if device.type == 'cuda' else threads) as pool:
         futures = [pool.submit(compute, part) for part in parts]
         try:
             for future in futures:
@@ -611,14 +611,22 @@ def measure_target(net, test, target, held_out, device):
                 held_out_accuracy=accuracy(net, target.images[held_out], target.labels[held_out], device))
 
 
-def measure_generated(images, labels, judge, real, device):
-    """Score generated digits (N, 3, 28, 28) uint8 of labels (N,) by judge, a DigitNet in eval().
+def measure_generated(generated, judge, real, device):
+    """Score generated digits (count, 10, 3, 28, 28) uint8, the second index the class, by judge, a DigitNet in eval().
 
-    Returns a dict: accuracy, the share of them that judge reads as their labels; and frechet, the distance
-    between them and real images, in the features of judge.
+    Returns a dict: accuracy, the share of them that judge reads as what was asked for; and frechet, the distance
+    between them and real images (N, 3, 28, 28) uint8, in the features of judge.
     """
-    return dict(accuracy=accuracy(judge, images, labels, device), frechet=frechet_distance(
-        digit_features(judge, images, device), digit_features(judge, real, device)))
+    asked = torch.arange(generated.shape[1]).repeat(len(generated))
+    generated = generated.flatten(0, 1)
+    return dict(accuracy=accuracy(judge, generated, asked, device), frechet=frechet_distance(
+        digit_features(judge, generated, device), digit_features(judge, real, device)))
+
+
+def check_scores(scores_path, scores, what, ckpt):
+    """Raise UserError if what the scores say of a net, 'diffusion', 'acgan' or 'faces', is not of the file ckpt."""
+    if {record['sha256'] for record in scores if record['what'] == what} != {sha256(ckpt)}:
+        raise UserError(f'{scores_path} has no scores of {ckpt}: let tests/benchmark.py conditional measure them')
 
 
 def label_folder(problem, ckpt, target, folder, batch_size, device):
@@ -641,7 +649,7 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
         return predict(net, images, device, batch_size).tolist(), single_colour.tolist()
     parts = [names[start:start + FOLDER_PART] for start in range(0, len(names), FOLDER_PART)]
     labels, single_colour = [], []
-    for part_labels, part_single_colour in in_threads(label_part, parts, device):
+    for part_labels, part_single_colour in in_threads(label_part, parts, device, torch.get_num_threads()):
         labels += part_labels
         single_colour += part_single_colour
     if any(single_colour):

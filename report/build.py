@@ -1,8 +1,8 @@
-"""Build hw3_studentID.pdf from report.typ, the figures and the logs.
+"""Write everything that says a result, from the logs, the figures and the settings in the scripts.
 
     pip install typst==0.15.2
-    python3 p1_vae.py --plot (likewise the scripts of problems 2 to 5), if a training is newer than figures/
-    python3 report/build.py
+    python3 p1_vae.py --plot (likewise the scripts of problems 2 to 6), if a training is newer than figures/
+    python3 report/build.py        writes the tables of README.md, report/results.md and hw3_studentID.pdf
 
 No number of a result is typed by hand: values() takes them from the logs in checkpoints/, from the tables
 (figures/*.csv) that --plot makes of them or measures, and from the settings in the scripts, and report.typ
@@ -11,6 +11,7 @@ names them.
 import argparse
 import csv
 import difflib
+import glob
 import itertools
 import json
 import os
@@ -25,12 +26,17 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p3_dann                                                                      # noqa: E402
 import p4_adda                                                                      # noqa: E402
-import p5_conditional                                                               # noqa: E402
-from datasets import (DIRECTIONS, HELD_OUT, PER_DOMAIN, SEEDS, SOURCE_OF, UserError, read_text, rounded,         # noqa: E402
-                      run_command, scenario_name, write_whole)
-from models import base_of, file_sum, read_log, rows_of                             # noqa: E402
+import p5_diffusion                                                                 # noqa: E402
+import p6_acgan                                                                     # noqa: E402
+from datasets import DIRECTIONS, HELD_OUT, SOURCE_OF, UserError, run_command, write_text, write_whole        # noqa: E402
+from models import CHECKPOINTS, base_of, check_scores, read_log, read_results, sha256                        # noqa: E402
+from report.figures import PER_DOMAIN, SEEDS, accuracies, rounded, scenario_name, table_cell                 # noqa: E402
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
+README = os.path.join(ROOT, 'README.md')
+RESULTS = os.path.join(ROOT, 'report', 'results.md')
+COMMAND = 'python3 report/build.py'
+PUBLISHED_ACGAN = 0.892      # accuracy of the best public report, with an ACGAN and another judge
 # images of the data kit for training and test, as its README has them
 SIZES = dict(usps=(7291, 2007), mnistm=(60000, 10000), svhn=(19253, 5001), face=(40000, 2456))
 
@@ -61,15 +67,19 @@ def power_of_ten(value):
     return f'{digits} · 10' + ''.join(dict(zip('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))[one] for one in str(int(exponent)))
 
 
-def values_of(records, target, source, key='accuracy', seed=None):
+def results_of(problem):
+    """The results of problem 3 or 4 by the row of its table."""
+    return read_results(problem, dict(p3_dann='dann_entropy', p4_adda='improved')[problem])
+
+
+def values_of(results, target, source, key='accuracy'):
     """Accuracies in percent of the runs of a scenario, in the order of their seeds."""
-    return [100 * record[key] for record in sorted(records, key=lambda record: record['seed'])
-            if (record['target'], record['source']) == (target, source) and seed in (None, record['seed'])]
+    return [value for _, value in sorted(accuracies(results, target, source, key).items())]
 
 
 def means():
     """Mean accuracies as texts, named like svhn_dann, or in the other directions like usps_from_mnistm_dann."""
-    rows = dict(rows_of('p4_adda'), **rows_of('p3_dann'))
+    rows = dict(results_of('p4_adda'), **results_of('p3_dann'))
     found = {}
     for directions in DIRECTIONS.values():
         for target, source in directions.items():
@@ -84,7 +94,7 @@ def means():
 
 def points_left():
     """Points between the means of DANN + entropy and of the upper bound, as texts."""
-    rows, found = rows_of('p3_dann'), {}
+    rows, found = results_of('p3_dann'), {}
     for target, source in SOURCE_OF.items():
         upper, ours = [np.mean(values_of(rows[name], target, source)) for name in ('target', 'dann_entropy')]
         found[target] = rounded(upper - ours, 1)
@@ -105,12 +115,12 @@ def told_apart():
 
 def ablation():
     """Rows of label and accuracies of seed 0, in brackets before adaptation."""
-    rows, lines = rows_of('p4_adda'), []
-    for label, pieces, _ in p4_adda.ROWS + p4_adda.CONTROLS:
+    rows, lines = results_of('p4_adda'), []
+    for label, pieces in p4_adda.ABLATION + p4_adda.CONTROLS:
         records = rows[p4_adda.name_of(dict(pieces=pieces))]
         lines.append([label])
         for target, source in sorted(SOURCE_OF.items()):
-            after, before = [rounded(values_of(records, target, source, key, seed=0)[0], 1)
+            after, before = [rounded(values_of(records, target, source, key)[0], 1)
                              for key in ('accuracy', 'unadapted_accuracy')]
             lines[-1].append(f'{after} ({before})')
     return lines
@@ -139,7 +149,10 @@ def digit_values():
 
 def changed_lines():
     """Of the print(model) of problem 4 the lines that differ from problem 3's, marked + and -."""
-    texts = [read_text(os.path.join(ROOT, 'figures', name)) or '' for name in ('fig3_5.txt', 'fig4_3.txt')]
+    texts = []
+    for name in ('fig3_5.txt', 'fig4_3.txt'):
+        with open(os.path.join(ROOT, 'figures', name)) as file:
+            texts.append(file.read())
     return [line.rstrip() for line in difflib.ndiff(*[text.splitlines() for text in texts]) if line[0] in '+-']
 
 
@@ -183,7 +196,7 @@ def gan_values():
     counts = {record.get('sha256'): record for record in read_log(p2_gan.COUNTS)}       # real faces have no sum
     rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
     for what, path in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
-        if rows.get(what, {}).get('sha256') != file_sum(path):
+        if rows.get(what, {}).get('sha256') != sha256(path):
             raise UserError(f'{p2_gan.SAMPLES} has no scores of {path}: let tests/benchmark.py samples measure them')
     settings = next(record for record in log if record['kind'] == 'run')['settings']
     penalties = dict(wgan_gp='norm 1 between real and generated', wgan_div='small between real and generated',
@@ -221,46 +234,272 @@ def gan_values():
 
 
 def conditional_values():
-    scores, logs = read_log(p5_conditional.SCORES), {}
-    for name, kind in p5_conditional.KINDS.items():
-        path = p5_conditional.path_of(*kind, attribute=None)
-        p5_conditional.check_scores(scores, name, path)
+    scores, logs = read_log(p5_diffusion.SCORES), {}
+    for name, path in (('diffusion', p5_diffusion.CKPT), ('acgan', p6_acgan.shipped('digits', None)),
+                       ('faces', p6_acgan.shipped('faces', p6_acgan.DEFAULTS['attribute']))):
+        check_scores(p5_diffusion.SCORES, scores, name, path)
         logs[name] = read_log(base_of(path) + '.jsonl')
-    default = dict(acgan={}, real={}, diffusion=dict(sampling_steps=p5_conditional.SAMPLING_STEPS,
-                                                     guidance=p5_conditional.GUIDANCE))
-    rows = [record for record in scores if record['kind'] == 'digits']
     texts = dict(accuracy=lambda value: rounded(100 * value, 1), frechet=lambda value: rounded(value, 1),
                  nearest=lambda value: rounded(value, 2), nearest_least=lambda value: rounded(value, 2),
                  images_per_second=lambda value: rounded(value, 1) if value else '',
                  sampling_steps=str, guidance=lambda value: f'{value:g}' if value != '' else '')
-    shown = [{name: form(row[name]) for name, form in texts.items()} for row in rows]
-    table = [[row['label']] + [text[name] for name in ('sampling_steps', 'guidance', 'accuracy', 'frechet', 'nearest',
-                                                       'nearest_least', 'images_per_second')]
-             for row, text in zip(rows, shown)]
-    found = {what: next(text for row, text in zip(rows, shown)
-                        if row['what'] == what and all(row[name] == value for name, value in wanted.items()))
-             for what, wanted in default.items()}
-    # over the weights of the guidance, and over the steps of sampling
-    found.update({f'guidance_{row["guidance"]:g}': text for row, text in zip(rows, shown)
-                  if row['what'] == 'diffusion' and row['sampling_steps'] == p5_conditional.SAMPLING_STEPS})
-    found.update({f'steps_{row["sampling_steps"]}': text for row, text in zip(rows, shown)
-                  if row['what'] == 'diffusion' and row['guidance'] == p5_conditional.GUIDANCE})
+    table, by_name = [], {}
+    for row in scores:
+        if row['kind'] == 'digits':
+            shown = {name: form(row[name]) for name, form in texts.items()}
+            table.append([row['label']] + [shown[name] for name in (
+                'sampling_steps', 'guidance', 'accuracy', 'frechet', 'nearest', 'nearest_least', 'images_per_second')])
+            default = (row['sampling_steps'] == p5_diffusion.SAMPLING_STEPS, row['guidance'] == p5_diffusion.GUIDANCE)
+            if row['what'] != 'diffusion' or all(default):
+                by_name[row['what']] = shown
+            if default[0]:                 # over the weights of the guidance, and over the steps of sampling
+                by_name[f'guidance_{row["guidance"]:g}'] = shown
+            if default[1]:
+                by_name[f'steps_{row["sampling_steps"]}'] = shown
     faces = next(record for record in scores if record['kind'] == 'faces')
     return dict(
-        table=table, scores=found, drawn=rounded(10 * p5_conditional.SCORED, 0), cores=str(rows[-1]['cores']),
+        table=table, scores=by_name, drawn=rounded(10 * p5_diffusion.SCORED, 0), cores=str(scores[-1]['cores']),
         faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
         trained={name: training(log) for name, log in logs.items()}, attribute=faces['attribute'],
-        published=rounded(100 * p5_conditional.PUBLISHED, 1),
-        rates=dict(diffusion=f'{p5_conditional.LEARNING_RATES["diffusion"][0]:g}',
-                   acgan='{:g} and {:g}'.format(*p5_conditional.LEARNING_RATES['acgan'])),
-        channels=', '.join(map(str, p5_conditional.UNET['channels'])),
-        **numbers(p5_conditional, 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY', 'LABEL_DROPPED'))
+        published=rounded(100 * PUBLISHED_ACGAN, 1),
+        rates=dict(diffusion=f'{p5_diffusion.LEARNING_RATE:g}',
+                   acgan='{:g} and {:g}'.format(*p6_acgan.LEARNING_RATES)),
+        channels=', '.join(map(str, p5_diffusion.NET['channels'])),
+        **numbers(p5_diffusion, 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY', 'LABEL_DROPPED'))
 
 
 def values():
     """All that report.typ prints of results and settings: texts and tables of texts."""
     return dict(digit_values(), vae=vae_values(), gan=gan_values(), conditional=conditional_values(),
                 sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
+
+
+# ------------------------------------------------------------------------- README.md and results.md
+
+def log_of(name):
+    """The log of a checkpoint in checkpoints/."""
+    return read_log(os.path.join(CHECKPOINTS, name + '.jsonl'))
+
+
+def one(records, **wanted):
+    """The only record that has these values."""
+    found = [record for record in records
+             if all(record.get(name) == value for name, value in wanted.items())]
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]
+
+
+def cell(values):
+    """Mean, standard deviation and number of accuracies."""
+    mean, spread = table_cell(values, 1)
+    return f'{mean} ± {spread} ({len(values)})' if spread else f'{mean} ({len(values)})'
+
+
+def results():
+    """The tables of README.md: ours beside the best public figures."""
+    kl, mse = p1_vae.PUBLISHED
+    lines = ['| pictures | measured | here | best public report |', '| --- | --- | --- | --- |']
+    test = one(log_of('p1_vae'), kind='test')
+    lines += [f'| VAE | mean squared error per pixel (between 0 and 1), test faces | {rounded(test["mse"], 4)} '
+              f'| {rounded(mse, 4)}, ten faces |',
+              f'| VAE | KL divergence in nats, test faces | {rounded(test["kl"], 1)} | {rounded(kl, 1)} |']
+    drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
+    lines += [f'| GAN | {what} | {rounded(drawn[name], places)} (real faces: {rounded(real[name], places)}) '
+              '| none |' for name, places, what in (
+                  ('frechet', 1, 'Fréchet distance to test faces in face descriptors of dlib, times 1,000'),
+                  ('clear', 3, 'share of the faces that the face detector of dlib sees clearly'))]
+    count = one(read_log(p2_gan.COUNTS), sha256=drawn['sha256'])
+    lines.append('| GAN | faces that a language model called broken '
+                 f'| {count["broken"]} of {count["faces"]} | none |')
+    found = rounded(100 * one(log_of('p5_diffusion'), kind='test')['accuracy'], 1)
+    lines.append('| diffusion (an extra) | digits that a digit classifier reads as what was asked for, in % '
+                 f'| {found} | {rounded(100 * PUBLISHED_ACGAN, 1)}, by an ACGAN and another classifier |')
+    rows = [results_of(problem)[row] for problem, row in (
+        ('p3_dann', 'source'), ('p3_dann', 'dann_entropy'), ('p4_adda', 'improved'), ('p3_dann', 'target'))]
+    lines += ['', '| digits: accuracy in % | lower bound | problem 3 | problem 4 | upper bound '
+              '| hw3_p3.sh / hw3_p4.sh (seed 0) | best public report: 3 / 4 |', '| --- ' * 7 + '|']
+    for (target, source), *published in zip(sorted(SOURCE_OF.items()), p3_dann.PUBLISHED, p4_adda.PUBLISHED):
+        values = [values_of(records, target, source) for records in rows]
+        assert all(len(one) == len(SEEDS) for one in values)
+        cells = [rounded(np.mean(one), 1) for one in values]
+        of_seed_0 = [rounded(one[0], 2) for one in values[1:3]]
+        lines.append(f'| {scenario_name(target, source)} | {" | ".join(cells)} | {" / ".join(of_seed_0)} '
+                     f'| {" / ".join(rounded(value, 1) for value in published)} |')
+    lines += ['', f'The first four columns are means over {len(SEEDS)} seeds. All our accuracies are on the test '
+              'images of the second domain.']
+    return '\n'.join(lines) + '\n'
+
+
+# command, logs of its runs below checkpoints/, directions if they are a table's, and what is trained
+TRAININGS = (('python3 p1_vae.py --train', ('p1_vae',), None, 'the VAE'),
+             ('python3 p2_gan.py --train', ('p2_gan',), None, 'the GAN'),
+             ('python3 p3_dann.py --train', ('p3_dann_*',), None, 'the three nets of problem 3'),
+             ('python3 p4_adda.py --train', ('p4_adda_*',), None, 'the three nets of problem 4'),
+             ('python3 p5_diffusion.py --train', ('p5_diffusion',), None, 'the diffusion model'),
+             ('bash report/train_tables.sh', ('p[34]_*_*', 'p[34]_runs/*/*'), 'asked', 'all runs of problems 3 and 4'),
+             ('bash report/train_tables.sh', ('p[34]_runs/*/*',), 'others', 'and those of three more pairs of domains'))
+
+
+def training_time(patterns, directions):
+    """How long the runs took whose logs match the patterns, and on which machine: a text."""
+    paths = sorted(path for pattern in patterns for path in glob.glob(os.path.join(CHECKPOINTS, pattern + '.jsonl'))
+                   if not path.endswith('_last.jsonl'))
+    minutes, machines = [], set()
+    for log in map(read_log, paths):
+        run = one(log, kind='run')
+        settings = run['settings']
+        if directions and (settings['target'], settings['source']) not in DIRECTIONS[directions].items():
+            continue
+        last = [record for record in log if record['kind'] == 'train'][-1]
+        minutes.append(last['step'] * settings['batch_size'] / last['images_per_second'] / 60)
+        machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
+        machines.add(f'a GPU ({run["gpu"]})' if 'gpu' in run else machine)
+    machine = ' or '.join(sorted(machines))
+    if directions:
+        return f'{len(minutes)} runs, together {rounded(sum(minutes) / 60, 1)} hours on {machine}'
+    return f'{rounded(sum(minutes), 0)} minutes on {machine}'
+
+
+def trainings():
+    """The commands of README.md, with the time and the machine of the shipped runs."""
+    lines = ['| command | trains | time |', '| --- | --- | --- |']
+    lines += [f'| `{command}` | {what} | {training_time(patterns, directions)} |'
+              for command, patterns, directions, what in TRAININGS]
+    return '\n'.join(lines) + '\n'
+
+
+ABOUT_DIGITS = ('Accuracy on the test images of the target in percent, mean and standard deviation over the seeds; the '
+                'number of seeds is in brackets. "Batch statistics of the target" means that the batch norms of the '
+                'trained net were given the statistics of unlabelled target images. The last two rows measure the nets '
+                'of "DANN + entropy" and "improved ADDA" on 500 target training images on which no run has trained.')
+# rows of tables: label, problem, name of the row in its log, which accuracy
+ASKED = (('lower bound: source only', 'p3_dann', 'source', 'accuracy'),
+         ('**DANN + entropy**', 'p3_dann', 'dann_entropy', 'accuracy'),
+         ('**improved ADDA**', 'p4_adda', 'improved', 'accuracy'),
+         ('upper bound: target only', 'p3_dann', 'target', 'accuracy'))
+OTHERS = (('lower bound: source only', 'p3_dann', 'source', 'accuracy'),
+          ('DANN + entropy', 'p3_dann', 'dann_entropy', 'accuracy'),
+          ('improved ADDA', 'p4_adda', 'improved', 'accuracy'))
+MORE = (('DANN', 'p3_dann', 'dann', 'accuracy'), ('plain ADDA', 'p4_adda', 'plain', 'accuracy'),
+        ('plain ADDA, before adaptation', 'p4_adda', 'plain', 'unadapted_accuracy'),
+        ('improved ADDA, before adaptation', 'p4_adda', 'improved', 'unadapted_accuracy'),
+        ('improved ADDA, no discriminator', 'p4_adda', 'improved_no_discriminator', 'accuracy'),
+        ('lower bound, batch statistics of the target', 'p3_dann', 'source', 'adabn_accuracy'),
+        ('lower bound, not augmented', 'p3_dann', 'source_not_augmented', 'accuracy'),
+        ('lower bound, not augmented, batch statistics of the target', 'p3_dann', 'source_not_augmented',
+         'adabn_accuracy'),
+        ('DANN + entropy, not augmented', 'p3_dann', 'dann_entropy_not_augmented', 'accuracy'),
+        ('DANN + entropy, on 500 held-out training images', 'p3_dann', 'dann_entropy', 'held_out_accuracy'),
+        ('improved ADDA, on 500 held-out training images', 'p4_adda', 'improved', 'held_out_accuracy'))
+
+
+def digit_table(directions, rows, seeds=SEEDS):
+    """A table of problems 3 and 4: rows by method, columns by scenario."""
+    scenarios = sorted(DIRECTIONS[directions].items())
+    lines = ['', '| | ' + ' | '.join(scenario_name(*one) for one in scenarios) + ' |', '| --- | --- | --- | --- |']
+    for label, problem, row, key in rows:
+        records = [record for record in results_of(problem)[row] if record['seed'] in seeds]
+        values = [values_of(records, *one, key=key) for one in scenarios]
+        assert all(len(one) == len(seeds) for one in values), f'{label}: a run is missing'
+        lines.append(f'| {label} | ' + ' | '.join(map(cell, values)) + ' |')
+    return lines
+
+
+def all_results():
+    """report/results.md, written from the logs alone."""
+    ablation = [(label, 'p4_adda', p4_adda.name_of(dict(pieces=pieces)), 'accuracy')
+                for label, pieces in p4_adda.ABLATION + p4_adda.CONTROLS]
+    parts = ([f'This page is written by `{COMMAND}` from the logs in checkpoints/.', '', '## Problem 1'] + rates(),
+             ['## Problem 2'] + samples(),
+             ['## Problems 3 and 4', '', ABOUT_DIGITS] + digit_table('asked', ASKED + MORE),
+             ['From plain ADDA to improved ADDA (+ self-training), one piece added at a time, and two controls, all of '
+              'seed 0 (the beginning of p4_adda.py and section 4-3 of the report explain the pieces):'
+              ] + digit_table('asked', ablation, seeds=(0,)),
+             ['Three more pairs of domains, which other years of the course ask for (the upper bound of a target is '
+              'that of the first table):'] + digit_table('others', OTHERS),
+             ['## Problems 5 and 6'] + conditional(),
+             ['## Speed of the scripts'] + script_results())
+    return '# Results\n\n' + '\n\n'.join('\n'.join(part) for part in parts) + '\n'
+
+
+def rates():
+    """MSE and KL of the VAE for each lambda_KL, and how well a linear classifier reads the attributes."""
+    tests = p1_vae.sweep_of(p1_vae.CKPT)
+    lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean, '
+             'and dlib\'s Fréchet distance of 1,000 generated faces as in problem 2. The shipped net comes first; the '
+             'others start from its weights.', '', '| lambda_KL | KL (nats) | MSE | Fréchet |',
+             '| --- | --- | --- | --- |']
+    faces = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
+    faces[tests[0]['lambda_kl']] = one(read_log(p2_gan.SAMPLES), what='p1_vae')['frechet']
+    lines += [f'| {test["lambda_kl"]:.1e} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} '
+              f'| {rounded(faces[test["lambda_kl"]], 1)} |'
+              for test in tests[:1] + sorted(tests[1:], key=lambda test: test['lambda_kl'])]
+    with open(os.path.join(ROOT, 'figures', 'table1_5.csv')) as file:
+        rows = list(csv.reader(file))[1:]
+    lines += ['', 'Balanced accuracy in % of a linear classifier that reads an attribute from the latent means:', '',
+              '| attribute | held-out training faces | test faces |', '| --- | --- | --- |']
+    return lines + ['| ' + ' | '.join(row) + ' |' for row in rows]
+
+
+def samples():
+    """Scores of 1,000 generated faces of each run of problem 2."""
+    lines = ['', '1,000 faces of each. Own score: Fréchet distance to the held-out training faces, between latent '
+             'means of problem 1. The other three scores use dlib and the test faces. Clear: share of the faces that '
+             'the detector sees clearly. Fréchet (times 1,000): distance between the descriptors of the faces and of '
+             'the test faces. Nearest: mean distance from a face to the nearest test face. Of the own score and of '
+             'Fréchet less is better.', '',
+             '| faces | images seen | own score | clear | Fréchet | nearest |', '| --- | --- | --- | --- | --- | --- |']
+    for record in read_log(p2_gan.SAMPLES):
+        scores = [rounded(record[name], places) for name, places in (
+            ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))]
+        cells = [record['label'], rounded(record['images'], 0) if record['images'] else ''] + scores
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def conditional():
+    """Scores of 1,000 drawn digits of each setting of problems 5 and 6."""
+    with open(os.path.join(ROOT, 'figures', 'table5.csv'), encoding='utf8') as file:
+        rows = list(csv.reader(file))
+    return ['', '1,000 generated digits of MNIST-M of each setting, 100 of each class. The judge is the upper bound of '
+            'problem 3. Accuracy: the share that it reads as the digit that was asked for. The distances are between '
+            'its features: Fréchet to the test digits, the others to the nearest training digit. Real digits: the '
+            'accuracy is that of all test digits, the Fréchet distance that of 1,000 training digits, and the others '
+            'are those of held-out digits.', ''] + [
+                '| ' + ' | '.join(row) + ' |' for row in rows[:1] + [['---'] * len(rows[0])] + rows[1:]]
+
+
+def script_results():
+    """What `python3 tests/benchmark.py scripts` measured."""
+    lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
+             'of the official test set. The column "Python program alone" is another measurement: the whole of '
+             'p3_dann.py with the import of torch, but without the shell script. So its times need not fit the wall '
+             'time.', '',
+             '| command | images | torch | wall time | of which importing torch | Python program alone | peak memory |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
+    for record in sorted(log_of('benchmark_scripts'), key=lambda record: (record['script'], record['torch'])):
+        single = ''
+        if 'cores' in record:
+            seconds = record['one_thread_seconds']
+            single = (f'{rounded(seconds, 1)} s with one thread, {rounded(seconds / record["threads_ratio"], 1)} s '
+                      f'with {record["cores"]}')
+        lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
+                     f'| {rounded(record["seconds"], 1)} s | {rounded(record["import_seconds"], 1)} s | {single} '
+                     f'| {rounded(record["megabytes"], 0)} MB |')
+    return lines
+
+
+# ------------------------------------------------------------------------------------ what is written
+
+def readme():
+    """The text of README.md with its tables made anew."""
+    with open(README, encoding='utf8') as file:
+        text = file.read()
+    for name, table in (('results', results()), ('training', trainings())):
+        start = f'<!-- {name}: {COMMAND} -->\n'
+        begin, end = text.index(start) + len(start), text.index(f'<!-- end of {name} -->')
+        text = text[:begin] + '\n' + table + '\n' + text[end:]
+    return text
 
 
 def build(args):
@@ -277,8 +516,10 @@ def build(args):
             reason = ' '.join(str(error).split())[:200]
             raise UserError(f'report.typ does not compile ({reason}): if a figure is missing, let the --plot of its '
                             'problem draw it') from error
+    write_text(README, readme())
+    write_text(RESULTS, all_results())
     write_whole(args.out, write)
-    print(args.out)
+    print(f'{README}, {RESULTS} and {args.out} are written')
 
 
 def main(argv=None):
