@@ -130,6 +130,8 @@ def read_label_file(path, names):
     if 'image_name' not in header:
         raise UserError(f'{path} begins with {",".join(header)[:60]!r}: its first row must be a header image_name,...')
     width = max(index for index, cell in enumerate(header) if cell) + 1        # without an empty last column
+    if len(set(header[:width])) < width:
+        raise UserError(f'{path} has two columns of one name in its header: rename or delete one')
     for number, row in enumerate(rows, 1):
         if any(row) and (len(row) < width or any(row[width:])):
             raise UserError(f'{path} has {len(row)} values in line {number} and {width} columns in its header: '

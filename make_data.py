@@ -23,15 +23,13 @@ from PIL import Image
 from torchvision.datasets import MNIST, SVHN, USPS
 from torchvision.datasets.utils import check_integrity, download_url
 
-from datasets import DIGIT_SIZE, FACE_SIZE, UserError, run_command
+from datasets import ATTRIBUTES, DIGIT_SIZE, FACE_SIZE, UserError, run_command
 
 MNIST_MIRROR = 'https://ossci-datasets.s3.amazonaws.com/mnist/'    # old versions of torchvision list a dead address
 PHOTOS = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz'
 PHOTO_NAMES = dict(train=r'images/(train|val)/[^./]+\.jpg$', test=r'images/test/[^./]+\.jpg$')
 PHOTO_COUNTS = dict(train=300, test=200)
 MNISTM_SEEDS = dict(train=2020, test=1201)     # of the random pieces of the photographs
-ATTRIBUTES = ['Bangs', 'Big_Lips', 'Black_Hair', 'Blond_Hair', 'Brown_Hair', 'Heavy_Makeup', 'High_Cheekbones', 'Male',
-              'Mouth_Slightly_Open', 'Smiling', 'Straight_Hair', 'Wavy_Hair', 'Wearing_Lipstick']
 CELEBA_FACES = 202599                          # in the whole CelebA
 FACE_COUNTS = dict(train=40000, test=2621)     # of them that are taken
 FACE_SEED = 2020                               # fixes which
@@ -163,7 +161,7 @@ def make_data(args):
         images = itertools.islice(PARTS[part](args, part, split), args.limit)
         first = FACE_COUNTS['train'] if part == 'face' and split == 'test' else 0      # numbered on, as the course does
         try:
-            write_split(folder, images, ATTRIBUTES if part == 'face' else ['label'], first)
+            write_split(folder, images, list(ATTRIBUTES) if part == 'face' else ['label'], first)
         except OSError as error:
             raise UserError(f'{folder} cannot be written ({error}): free some space, or name another OUT') from error
 

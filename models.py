@@ -959,7 +959,7 @@ def load_checkpoint(path, problem):
         if is_out_of_memory(error):
             raise
         raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads ({first_line(error)}): '
-                        'delete it, and train anew or restore it with git') from error
+                        'name another file, restore it with git or train anew') from error
     if not isinstance(checkpoint, dict) or checkpoint.get('problem') != problem:
         other = checkpoint.get('problem') if isinstance(checkpoint, dict) else None
         raise UserError(f'{path} is a checkpoint of {other or "something else"}, not of {problem}: name another file')

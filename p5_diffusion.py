@@ -183,7 +183,7 @@ def train(args):
 def infer(args):
     """Draw digits: a row for each class in one picture at --out, or single images in the folder --out."""
     # whatever ends in letters, as .png or .gif, is to be a file
-    single = os.path.isdir(args.out) or not os.path.splitext(args.out)[1][1:].isalpha()
+    single = not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha()
     if single:
         check_new_folder(args.out)
     else:
@@ -195,7 +195,8 @@ def infer(args):
     images = generate_digits(net, count, args.seed or DEFAULTS['seed'], device, args.sampling_steps, args.guidance)
     images = images.transpose(0, 1).flatten(0, 1)      # class after class
     if single:
-        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:03d}'
+        digits = max(3, len(str(count)))
+        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:0{digits}d}'
                                               for index in range(len(images))])
     else:
         save_picture(args.out, make_grid(images, count))

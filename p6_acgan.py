@@ -90,6 +90,7 @@ def train(args):
                     batch_size=FACES_IN_BATCH if data == 'faces' else DEFAULTS['batch_size'])
     run = Run(args, PROBLEM, defaults, constants(), default_path(args, defaults, shipped(data, attribute)))
     device, rng = run.device, run.rng
+    data, attribute = run.settings['data'], run.settings['attribute']      # of a resumed run: those of its start
     # data
     if data == 'digits':
         judge, judge_sha256 = load_net(DigitNet, JUDGE, 'p3_dann', device)[0], dict(judge=sha256(JUDGE))
@@ -169,7 +170,7 @@ def shipped(data, attribute):
 def infer(args):
     """Draw images: a row for each class in one picture at --out, or single images in the folder --out."""
     # whatever ends in letters, as .png or .gif, is to be a file
-    single = os.path.isdir(args.out) or not os.path.splitext(args.out)[1][1:].isalpha()
+    single = not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha()
     if single:
         check_new_folder(args.out)
     else:
@@ -182,7 +183,8 @@ def infer(args):
     images = generate_images(generator, count, args.seed or DEFAULTS['seed'], device)
     images = images.transpose(0, 1).flatten(0, 1)      # class after class
     if single:
-        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:03d}'
+        digits = max(3, len(str(count)))
+        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:0{digits}d}'
                                               for index in range(len(images))])
     else:
         save_picture(args.out, make_grid(images, count))

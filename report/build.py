@@ -1,26 +1,24 @@
-"""Write everything that says a result, from the logs, the figures and the settings in the scripts.
+"""Write everything that says a result: the tables of README.md and report/results.md, and hw3_studentID.pdf.
 
     pip install typst==0.15.2
     python3 p1_vae.py --plot (likewise the scripts of problems 2 to 6), if a training is newer than figures/
-    python3 report/build.py        writes the tables of README.md, report/results.md and hw3_studentID.pdf
+    python3 report/build.py
 
-No number of a result is typed by hand: values() takes them from the logs in checkpoints/, from the tables
-(figures/*.csv) that --plot makes of them or measures, and from the settings in the scripts, and report.typ
-names them.
+No number of a result is typed by hand: all come from the logs in checkpoints/, from the tables (figures/*.csv) that
+--plot makes of them or measures, and from the settings in the scripts.  The pages keep their words and table heads.
 """
 import argparse
 import csv
 import difflib
-import glob
 import itertools
 import json
 import os
+import re
 import sys
 
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import p1_vae                                                                       # noqa: E402
 import p2_gan                                                                       # noqa: E402
@@ -38,493 +36,363 @@ RESULTS = os.path.join(ROOT, 'report', 'results.md')
 COMMAND = 'python3 report/build.py'
 PUBLISHED_ACGAN = 0.892      # accuracy of the best public report, with an ACGAN and another judge
 # images of the data kit for training and test, as its README has them
-SIZES = dict(usps=(7291, 2007), mnistm=(60000, 10000), svhn=(19253, 5001), face=(40000, 2456))
+SIZES = dict(usps=('7,291', '2,007'), mnistm=('60,000', '10,000'), svhn=('19,253', '5,001'), face=('40,000', '2,456'))
+
+# rows of the tables of results.md on digits: label, row as the files of its runs name it, which accuracy
+ASKED = (('lower bound: source only', 'source', 'accuracy'), ('**DANN + entropy**', 'dann_entropy', 'accuracy'),
+         ('**improved ADDA**', 'improved', 'accuracy'), ('upper bound: target only', 'target', 'accuracy'))
+MORE = (('DANN', 'dann', 'accuracy'), ('plain ADDA', 'plain', 'accuracy'),
+        ('plain ADDA, before adaptation', 'plain', 'unadapted_accuracy'),
+        ('improved ADDA, before adaptation', 'improved', 'unadapted_accuracy'),
+        ('improved ADDA, no discriminator', 'improved_no_discriminator', 'accuracy'),
+        ('lower bound, batch statistics of the target', 'source', 'adabn_accuracy'),
+        ('lower bound, not augmented', 'source_not_augmented', 'accuracy'),
+        ('lower bound, not augmented, batch statistics of the target', 'source_not_augmented', 'adabn_accuracy'),
+        ('DANN + entropy, not augmented', 'dann_entropy_not_augmented', 'accuracy'),
+        ('DANN + entropy, on 500 held-out training images', 'dann_entropy', 'held_out_accuracy'),
+        ('improved ADDA, on 500 held-out training images', 'improved', 'held_out_accuracy'))
+ABLATION = [(label, p4_adda.name_of(dict(pieces=pieces)), 'accuracy')
+          for label, pieces in p4_adda.ABLATION + p4_adda.CONTROLS]
+OTHERS = [(label.strip('*'), row, key) for label, row, key in ASKED[:3]]
 
 
-def training(log):
-    """What the first record and the last measured speed of a training's log say, as texts."""
-    run = next(record for record in log if record['kind'] == 'run')
-    last = [record for record in log if record['kind'] == 'train'][-1]
-    images = last['step'] * run['settings']['batch_size']
-    return dict(images=rounded(images, 0), minutes=rounded(images / last['images_per_second'] / 60, 0),
-                steps=rounded(last['step'], 0),
-                epochs=rounded(images / run['training_images'], 0),
-                batch=rounded(run['settings']['batch_size'], 0), parameters=rounded(run['parameters'] / 1e6, 2),
-                precision={'bf16': 'bfloat16', 'fp32': 'float32'}[run['precision']],
-                machine=(f'a GPU ({run["gpu"]})' if 'gpu' in run else
-                         {1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores')),
-                **{name: rounded(run[name], 0) for name in ('training_images', 'held_out')})
+# ------------------------------------------------------------------------------- what is read where
+
+def log_of(ckpt):
+    """Return the log beside a checkpoint."""
+    return read_log(base_of(ckpt) + '.jsonl')
 
 
-def numbers(module, *names):
-    """The constants of a script as texts, without trailing zeros."""
-    return {name: f'{getattr(module, name):,g}' for name in names}
-
-
-def power_of_ten(value):
-    """A small number as people write it: 7.5 · 10⁻⁵."""
-    digits, exponent = f'{value:.1e}'.split('e')
-    return f'{digits} · 10' + ''.join(dict(zip('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))[one] for one in str(int(exponent)))
-
-
-def results_of(problem):
-    """The results of problem 3 or 4 by the row of its table."""
-    return read_results(problem, dict(p3_dann='dann_entropy', p4_adda='improved')[problem])
-
-
-def values_of(results, target, source, key='accuracy'):
-    """Accuracies in percent of the runs of a scenario, in the order of their seeds."""
-    return [value for _, value in sorted(accuracies(results, target, source, key).items())]
-
-
-def means():
-    """Mean accuracies as texts, named like svhn_dann, or in the other directions like usps_from_mnistm_dann."""
-    rows = dict(results_of('p4_adda'), **results_of('p3_dann'))
-    found = {}
-    for directions in DIRECTIONS.values():
-        for target, source in directions.items():
-            begin = target if directions is SOURCE_OF else f'{target}_from_{source}'
-            for (name, records), (key, end) in itertools.product(rows.items(), (
-                    ('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before'))):
-                values = values_of([record for record in records if key in record], target, source, key)
-                if values:
-                    found[f'{begin}_{name}{end}'] = rounded(np.mean(values), 1)
-    return found
-
-
-def points_left():
-    """Points between the means of DANN + entropy and of the upper bound, as texts."""
-    rows, found = results_of('p3_dann'), {}
-    for target, source in SOURCE_OF.items():
-        upper, ours = [np.mean(values_of(rows[name], target, source)) for name in ('target', 'dann_entropy')]
-        found[target] = rounded(upper - ours, 1)
-    return found
-
-
-def told_apart():
-    """Percent of the images whose domain the discriminator names, at the end of its training, seed 0."""
-    found = {}
-    for name, module, flags in (('dann', p3_dann, dict(setting='dann')), ('dann_entropy', p3_dann, {}),
-                                ('improved', p4_adda, {}), ('plain', p4_adda, dict(pieces=''))):
-        for target in SOURCE_OF:
-            log = read_log(base_of(module.shipped(target, **flags)) + '.jsonl')
-            shares = [record['domain_accuracy'] for record in log if 'domain_accuracy' in record]
-            found[f'{target}_{name}'] = rounded(100 * shares[-1], 0)
-    return found
-
-
-def ablation():
-    """Rows of label and accuracies of seed 0, in brackets before adaptation."""
-    rows, lines = results_of('p4_adda'), []
-    for label, pieces in p4_adda.ABLATION + p4_adda.CONTROLS:
-        records = rows[p4_adda.name_of(dict(pieces=pieces))]
-        lines.append([label])
-        for target, source in sorted(SOURCE_OF.items()):
-            after, before = [rounded(values_of(records, target, source, key)[0], 1)
-                             for key in ('accuracy', 'unadapted_accuracy')]
-            lines[-1].append(f'{after} ({before})')
-    return lines
-
-
-def digit_values():
-    constants = p3_dann.constants()
-    return dict(
-        seeds=str(len(SEEDS)), held_out_images=str(HELD_OUT), per_domain=str(PER_DOMAIN),
-        published=[rounded(value, 1) for value in p3_dann.PUBLISHED],
-        published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED],
-        means=means(), left=points_left(), told_apart=told_apart(), ablation=ablation(),
-        **{key: [scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(DIRECTIONS[name].items())]
-           for key, name in (('scenarios', 'asked'), ('others', 'others'))},
-        dann=dict(
-            training(read_log(base_of(p3_dann.shipped('svhn')) + '.jsonl')),
-            channels=', '.join(map(str, constants['NET']['channels'])), dropout=f'{constants["NET"]["dropout"]:g}',
-            hidden=str(constants['DISCRIMINATOR_HIDDEN']), betas='0.9 and 0.99',
-            **numbers(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY', 'AVERAGE_DECAY',
-                      'STATISTICS', 'LOG_EVERY')),
-        adda=dict(
-            training(read_log(base_of(p4_adda.shipped('svhn')) + '.jsonl')),
-            changed_lines='\n'.join(changed_lines()),
-            **numbers(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'SHARES_DECAY', 'AVERAGE_DECAY', 'LOG_EVERY')))
-
-
-def changed_lines():
-    """Of the print(model) of problem 4 the lines that differ from problem 3's, marked + and -."""
-    texts = []
-    for name in ('fig3_5.txt', 'fig4_3.txt'):
-        with open(os.path.join(ROOT, 'figures', name)) as file:
-            texts.append(file.read())
-    return [line.rstrip() for line in difflib.ndiff(*[text.splitlines() for text in texts]) if line[0] in '+-']
+def read(*names):
+    """Return the text of a file of this repository."""
+    with open(os.path.join(ROOT, *names), encoding='utf8') as file:
+        return file.read()
 
 
 def csv_rows(name):
-    """The rows of a table that --plot wrote, as dicts."""
-    with open(os.path.join(ROOT, 'figures', name + '.csv'), encoding='utf8') as file:
-        return list(csv.DictReader(file))
+    """Return the rows of a table in figures/ below its head."""
+    return list(csv.reader(read('figures', name + '.csv').splitlines()))[1:]
+
+
+def digit_results():
+    """Return {row: its results} of the tables of problems 3 and 4."""
+    return dict(read_results('p3_dann', 'dann_entropy'), **read_results('p4_adda', 'improved'))
+
+
+def face_scores():
+    """Return {what was scored: record of its generated faces}."""
+    records = read_log(p2_gan.SAMPLES)
+    for what, ckpt in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
+        check_scores(p2_gan.SAMPLES, records, what, ckpt)
+    return {record['what']: record for record in records}
+
+
+def minutes_of(log):
+    """Return how many minutes a training took."""
+    last = [record for record in log if record['kind'] == 'train'][-1]
+    return last['step'] * log[0]['settings']['batch_size'] / last['images_per_second'] / 60
+
+
+# -------------------------------------------------------------------------- values: texts of the PDF
+
+def values():
+    """Return all that report.typ prints of results and settings: texts and tables of texts."""
+    return dict(digit_values(digit_results()), vae=vae_values(), gan=gan_values(), conditional=conditional_values(),
+                sizes=SIZES)
+
+
+def training(log):
+    """Return what a training's log says of its data, length, speed and machine."""
+    run, steps = log[0], log[-1]['step']
+    images = steps * run['settings']['batch_size']
+    return dict(images=rounded(images, 0), minutes=rounded(minutes_of(log), 0), steps=rounded(steps, 0),
+                epochs=rounded(images / run['training_images'], 0), batch=rounded(run['settings']['batch_size'], 0),
+                training_images=rounded(run['training_images'], 0), held_out=rounded(run['held_out'], 0),
+                parameters=rounded(run['parameters'] / 1e6, 2),
+                precision={'bf16': 'bfloat16', 'fp32': 'float32'}[run['precision']],
+                machine=(f'a GPU ({run["gpu"]})' if 'gpu' in run else
+                         {1: 'one core', 2: 'two cores'}.get(run['threads'], f'{run["threads"]} cores')))
+
+
+def constants_of(script, *names):
+    """Return constants of a script, without trailing zeros."""
+    return {name: f'{getattr(script, name):,g}' for name in names}
+
+
+def power_of_ten(value):
+    """Return a small number as people write it: 7.5 · 10⁻⁵."""
+    digits, exponent = f'{value:.1e}'.split('e')
+    return f'{digits} · 10' + str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
+
+
+def vae_table():
+    """Return rows of lambda_KL (a number), KL, MSE, MSE of the linear code, ratio of the two and Frechet distance."""
+    linear_curve = sorted((record['test_kl'], record['test_mse']) for record in read_log(p1_vae.LINEAR_CODE))
+    # the shipped net's faces are scored with those of problem 2
+    distances = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
+    distances[p1_vae.DEFAULTS['lambda_kl']] = face_scores()['p1_vae']['frechet']
+    table = []
+    for record in sorted(p1_vae.sweep_of(p1_vae.CKPT), key=lambda record: record['lambda_kl']):
+        linear_mse = float(np.interp(record['kl'], *zip(*linear_curve)))
+        table.append([record['lambda_kl'], rounded(record['kl'], 1), rounded(record['mse'], 4), rounded(linear_mse, 4),
+                      rounded(record['mse'] / linear_mse, 2), rounded(distances[record['lambda_kl']], 1)])
+    return table
 
 
 def vae_values():
-    log, linear = read_log(base_of(p1_vae.CKPT) + '.jsonl'), read_log(p1_vae.LINEAR_CODE)
-    curve = sorted((record['test_kl'], record['test_mse']) for record in linear)
-    test = log[-1]
-    rows = sorted(p1_vae.sweep_of(p1_vae.CKPT), key=lambda record: record['lambda_kl'])
-    # of 1,000 generated faces; the shipped net's are measured with those of problem 2
-    frechet = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
-    frechet[p1_vae.DEFAULTS['lambda_kl']] = next(
-        record['frechet'] for record in read_log(p2_gan.SAMPLES) if record['what'] == 'p1_vae')
-    table = []
-    for row in rows:
-        of_linear = float(np.interp(row['kl'], *zip(*curve)))
-        table.append([power_of_ten(row['lambda_kl']), rounded(row['kl'], 1), rounded(row['mse'], 4),
-                      rounded(of_linear, 4), rounded(row['mse'] / of_linear, 2), rounded(frechet[row['lambda_kl']], 1)])
-    attributes, ten = [csv_rows(name) for name in ('table1_5', 'table1_3')]
-    published_kl, published_mse = p1_vae.PUBLISHED
-    return dict(training(log), table=table, kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4),
-                chosen=rounded(test['chosen_step'], 0), test=rounded(test['images'], 0),
-                kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1], mse_most=table[-1][2],
-                short_steps=rounded(rows[0]['step'], 0), frechet_of_most=table[0][-1], frechet_of_least=table[-1][-1],
+    log, table, attributes = log_of(p1_vae.CKPT), vae_table(), csv_rows('table1_5')
+    test, (published_kl, published_mse) = log[-1], p1_vae.PUBLISHED
+    return dict(training(log), table=[[power_of_ten(row[0])] + row[1:] for row in table],
+                kl=rounded(test['kl'], 1), mse=rounded(test['mse'], 4), chosen=rounded(test['chosen_step'], 0),
+                test=rounded(test['images'], 0), kl_most=table[0][1], mse_least=table[0][2], kl_least=table[-1][1],
+                mse_most=table[-1][2], frechet_of_most=table[0][-1], frechet_of_least=table[-1][-1],
+                short_steps=rounded(p1_vae.sweep_of(p1_vae.CKPT)[1]['step'], 0),
                 published_kl=rounded(published_kl, 1), published_mse=rounded(published_mse, 4),
-                lambda_kl=power_of_ten(p1_vae.DEFAULTS['lambda_kl']), mse_of_ten=ten[-1]['mse'],
-                latent=str(p1_vae.NET['latent_dim']),
-                attribute=attributes[0]['attribute'], attribute_accuracy=attributes[0]['test'],
-                attributes=str(len(attributes)),
-                **numbers(p1_vae, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP', 'GRADIENT_NORM',
-                          'AVERAGE_DECAY'))
+                lambda_kl=power_of_ten(p1_vae.DEFAULTS['lambda_kl']), mse_of_ten=csv_rows('table1_3')[-1][-1],
+                latent=str(p1_vae.NET['latent_dim']), attribute=attributes[0][0],
+                attribute_accuracy=attributes[0][-1], attributes=str(len(attributes)),
+                **constants_of(p1_vae, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP', 'GRADIENT_NORM',
+                               'AVERAGE_DECAY'))
 
 
 def gan_values():
-    log = read_log(base_of(p2_gan.CKPT) + '.jsonl')
-    counts = {record.get('sha256'): record for record in read_log(p2_gan.COUNTS)}       # real faces have no sum
-    rows = {record['what']: record for record in read_log(p2_gan.SAMPLES)}
-    for what, path in (('p1_vae', p1_vae.CKPT), ('p2_gan', p2_gan.CKPT)):
-        if rows.get(what, {}).get('sha256') != sha256(path):
-            raise UserError(f'{p2_gan.SAMPLES} has no scores of {path}: let tests/benchmark.py samples measure them')
-    settings = next(record for record in log if record['kind'] == 'run')['settings']
+    log, scores = log_of(p2_gan.CKPT), face_scores()
+    settings = log[0]['settings']
+    counts = {record['sha256']: record for record in read_log(p2_gan.COUNTS) if record['what'] == 'p2_gan'}
+    count = counts.pop(sha256(p2_gan.CKPT))            # what is left are counts of earlier nets
     penalties = dict(wgan_gp='norm 1 between real and generated', wgan_div='small between real and generated',
                      dragan='norm 1 near real images', r1='small at real images')
-    proper = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1',
-                  wasserstein='Wasserstein')
-    methods = [[f'{proper[name]} ({name})', proper.get(method['loss'], method['loss']), method['norm'],
+    names = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1',
+                 wasserstein='Wasserstein')
+    methods = [[f'{names[name]} ({name})', names.get(method['loss'], method['loss']), method['norm'],
                 penalties.get(name, 'none'), '{:g}, {:g}'.format(*method['betas']),
-                {1: 'step', 5: 'fifth step'}[method['generator_every']]]
-               for name, method in p2_gan.METHODS.items()]
-    of_r1 = training(read_log(os.path.join(p2_gan.CHECKPOINTS, 'p2_methods', 'r1.jsonl')))
-    compared = {what.split('/')[1]: rounded(row['frechet'], 1) for what, row in rows.items() if '/' in what}
-    if rows['p2_gan']['sha256'] not in counts:
-        raise UserError(f'{p2_gan.COUNTS} has no count of {p2_gan.CKPT}: let tests/benchmark.py strips and count '
-                        'make it')
-    shipped = counts[rows['p2_gan']['sha256']]
-    counted = (f'A language model that did not know the method called {shipped["broken"]} of the {shipped["faces"]} '
-               f'faces broken, by this rule: {shipped["rule"].split(";")[0]}.')
-    earlier = [str(record['broken']) for record in counts.values()
-               if record['what'] == 'p2_gan' and record is not shipped]
-    return dict(training(log), n=rounded(rows['p2_gan']['n'], 0), methods=methods, counted=counted,
-                compared=compared, of_r1=of_r1, earlier=earlier[-1],
-                **{name: str(shipped[name]) for name in ('broken', 'faces')},
-                augment=f'{settings["augment"]:g}',
-                chosen=rounded(log[-1]['chosen_step'], 0),
+                {1: 'step', 5: 'fifth step'}[method['generator_every']]] for name, method in p2_gan.METHODS.items()]
+    shown = {what: {key: rounded(record[key], places) for key, places in (
+        ('frechet', 1), ('clear', 3), ('copied', 2), ('copied_least', 2))} for what, record in scores.items()}
+    return dict(training(log), methods=methods, n=rounded(scores['p2_gan']['n'], 0), of_vae=shown['p1_vae'],
+                shipped=shown['p2_gan'], real=shown['real'],
+                compared={what.split('/')[1]: texts['frechet'] for what, texts in shown.items() if '/' in what},
+                broken=str(count['broken']), faces=str(count['faces']), rule=count['rule'].split(';')[0],
+                earlier=str(list(counts.values())[-1]['broken']), augment=f'{settings["augment"]:g}',
+                of_r1=training(log_of(os.path.join(CHECKPOINTS, 'p2_methods', 'r1.pth'))),
+                chosen=rounded(log[-1]['chosen_step'], 0), latent=str(p2_gan.NET['latent_dim']),
                 learning_rate=f'{p2_gan.METHODS[settings["method"]]["learning_rates"][0]:g}',
-                r1_weight=f'{p2_gan.PENALTIES["r1"]["weight"]:g}',
                 sngan_rate=f'{p2_gan.METHODS["sngan"]["learning_rates"][1]:g}',
-                r1_every=str(p2_gan.PENALTIES['r1']['every']),
-                latent=str(p2_gan.NET['latent_dim']), SAVE_EVERY=rounded(p2_gan.SAVE_EVERY, 0),
-                SCORED=rounded(p2_gan.SCORED, 0), **numbers(p2_gan, 'AVERAGE_DECAY'),
-                **{name: {key: rounded(rows[what][key], places) for key, places in (
-                    ('frechet', 1), ('copied', 2), ('copied_least', 2))}
-                   for name, what in (('of_vae', 'p1_vae'), ('shipped', 'p2_gan'), ('real', 'real'))})
+                r1_weight=f'{p2_gan.PENALTIES["r1"]["weight"]:g}', r1_every=str(p2_gan.PENALTIES['r1']['every']),
+                **constants_of(p2_gan, 'AVERAGE_DECAY', 'SAVE_EVERY', 'SCORED'))
+
+
+def digit_values(results):
+    scenarios, others = [[scenario_name(*scenario).replace(' to ', ' → ') for scenario in sorted(directions.items())]
+                         for directions in (DIRECTIONS['asked'], DIRECTIONS['others'])]
+    means = mean_accuracies(results)
+    return dict(
+        seeds=str(len(SEEDS)), held_out_images=str(HELD_OUT), per_domain=str(PER_DOMAIN), scenarios=scenarios,
+        others=others, published=[rounded(value, 1) for value in p3_dann.PUBLISHED],
+        published_improved=[rounded(value, 1) for value in p4_adda.PUBLISHED], told_apart=told_apart(),
+        means={name: rounded(mean, 1) for name, mean in means.items()}, ablation=ablation(results),
+        left={target: rounded(means[target + '_target'] - means[target + '_dann_entropy'], 1) for target in SOURCE_OF},
+        dann=dict(training(log_of(p3_dann.shipped('svhn'))), channels=', '.join(map(str, p3_dann.NET['channels'])),
+                  dropout=f'{p3_dann.NET["dropout"]:g}', hidden=str(p3_dann.DISCRIMINATOR_HIDDEN), betas='0.9 and 0.99',
+                  **constants_of(p3_dann, 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY',
+                                 'AVERAGE_DECAY', 'STATISTICS', 'LOG_EVERY')),
+        adda=dict(training(log_of(p4_adda.shipped('svhn'))), changed_lines='\n'.join(changed_lines()),
+                  **constants_of(p4_adda, 'ADVERSARIAL', 'CONFIDENT', 'DIVERSITY', 'SHARES_DECAY', 'AVERAGE_DECAY',
+                                 'LOG_EVERY')))
+
+
+def mean_accuracies(results):
+    """Return the mean accuracies in percent, named like svhn_dann, svhn_source_adabn and svhn_plain_before."""
+    means = {}
+    for scenario, (row, runs), (key, end) in itertools.product(SOURCE_OF.items(), results.items(), (
+            ('accuracy', ''), ('adabn_accuracy', '_adabn'), ('unadapted_accuracy', '_before'))):
+        by_seed = accuracies([run for run in runs if key in run], *scenario, key=key)
+        if by_seed:
+            means[f'{scenario[0]}_{row}{end}'] = np.mean(list(by_seed.values()))
+    return means
+
+
+def told_apart():
+    """Return of how many of a hundred images the discriminator names the domain at its end, by seed 0."""
+    shares = {}
+    for target in SOURCE_OF:
+        for row, ckpt in (('dann_entropy', p3_dann.shipped(target)), ('improved', p4_adda.shipped(target)),
+                          ('plain', p4_adda.shipped(target, pieces=''))):
+            shares[f'{target}_{row}'] = rounded(100 * [record['domain_accuracy'] for record in log_of(ckpt)
+                                                       if 'domain_accuracy' in record][-1], 0)
+    return shares
+
+
+def ablation(results):
+    """Return rows of a label and of accuracies of seed 0, in brackets before adaptation."""
+    table = []
+    for label, row, _ in ABLATION:
+        table.append([label])
+        for scenario in sorted(SOURCE_OF.items()):
+            after, before = [rounded(accuracies(results[row], *scenario, key=key)[0], 1)
+                             for key in ('accuracy', 'unadapted_accuracy')]
+            table[-1].append(f'{after} ({before})')
+    return table
+
+
+def changed_lines():
+    """Return the lines in which print(model) of problem 4 differs from problem 3's, marked + and -."""
+    texts = [read('figures', name).splitlines() for name in ('fig3_5.txt', 'fig4_3.txt')]
+    return [line.rstrip() for line in difflib.ndiff(*texts) if line[0] in '+-']
 
 
 def conditional_values():
-    scores, logs = read_log(p5_diffusion.SCORES), {}
-    for name, path in (('diffusion', p5_diffusion.CKPT), ('acgan', p6_acgan.shipped('digits', None)),
+    records, logs = read_log(p5_diffusion.SCORES), {}
+    for name, ckpt in (('diffusion', p5_diffusion.CKPT), ('acgan', p6_acgan.shipped('digits', '')),
                        ('faces', p6_acgan.shipped('faces', p6_acgan.DEFAULTS['attribute']))):
-        check_scores(p5_diffusion.SCORES, scores, name, path)
-        logs[name] = read_log(base_of(path) + '.jsonl')
-    texts = dict(accuracy=lambda value: rounded(100 * value, 1), frechet=lambda value: rounded(value, 1),
-                 nearest=lambda value: rounded(value, 2), nearest_least=lambda value: rounded(value, 2),
-                 images_per_second=lambda value: rounded(value, 1) if value else '',
-                 sampling_steps=str, guidance=lambda value: f'{value:g}' if value != '' else '')
-    table, by_name = [], {}
-    for row in scores:
-        if row['kind'] == 'digits':
-            shown = {name: form(row[name]) for name, form in texts.items()}
-            table.append([row['label']] + [shown[name] for name in (
-                'sampling_steps', 'guidance', 'accuracy', 'frechet', 'nearest', 'nearest_least', 'images_per_second')])
-            default = (row['sampling_steps'] == p5_diffusion.SAMPLING_STEPS, row['guidance'] == p5_diffusion.GUIDANCE)
-            if row['what'] != 'diffusion' or all(default):
-                by_name[row['what']] = shown
-            if default[0]:                 # over the weights of the guidance, and over the steps of sampling
-                by_name[f'guidance_{row["guidance"]:g}'] = shown
-            if default[1]:
-                by_name[f'steps_{row["sampling_steps"]}'] = shown
-    faces = next(record for record in scores if record['kind'] == 'faces')
-    return dict(
-        table=table, scores=by_name, drawn=rounded(10 * p5_diffusion.SCORED, 0), cores=str(scores[-1]['cores']),
-        faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
-        trained={name: training(log) for name, log in logs.items()}, attribute=faces['attribute'],
-        published=rounded(100 * PUBLISHED_ACGAN, 1),
-        rates=dict(diffusion=f'{p5_diffusion.LEARNING_RATE:g}',
-                   acgan='{:g} and {:g}'.format(*p6_acgan.LEARNING_RATES)),
-        channels=', '.join(map(str, p5_diffusion.NET['channels'])),
-        **numbers(p5_diffusion, 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY', 'LABEL_DROPPED'))
+        check_scores(p5_diffusion.SCORES, records, name, ckpt)
+        logs[name] = log_of(ckpt)
+    table, scores = [], {}
+    for label, steps, guidance, *cells in csv_rows('table5'):
+        row = [label, steps, f'{float(guidance):g}' if guidance else '']
+        table.append(row + cells)
+        scores[' '.join(row).strip()] = dict(accuracy=cells[0], frechet=cells[1])
+    faces = next(record for record in records if record['kind'] == 'faces')
+    return dict(table=table, scores=scores, drawn=rounded(10 * p5_diffusion.SCORED, 0), cores=str(records[-1]['cores']),
+                faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
+                attribute=faces['attribute'],
+                trained={name: training(log) for name, log in logs.items()},
+                published=rounded(100 * PUBLISHED_ACGAN, 1), channels=', '.join(map(str, p5_diffusion.NET['channels'])),
+                acgan_rates='{:g} and {:g}'.format(*p6_acgan.LEARNING_RATES), **constants_of(
+                    p5_diffusion, 'LEARNING_RATE', 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY',
+                    'LABEL_DROPPED'))
 
 
-def values():
-    """All that report.typ prints of results and settings: texts and tables of texts."""
-    return dict(digit_values(), vae=vae_values(), gan=gan_values(), conditional=conditional_values(),
-                sizes={name: [f'{count:,}' for count in counts] for name, counts in SIZES.items()})
+# ------------------------------------------------- tables of README.md and report/results.md
+
+def readme_tables(texts):
+    """Return the tables between the markers of README.md, as rows of texts; texts are the values of the PDF."""
+    results, means, vae, gan, digits = digit_results(), texts['means'], texts['vae'], texts['gan'], []
+    faces = [f'{gan["shipped"][key]} (real faces: {gan["real"][key]})' for key in ('frechet', 'clear')]
+    pictures = [
+        ['VAE', 'mean squared error per pixel (between 0 and 1), test faces', vae['mse'],
+         f'{vae["published_mse"]}, ten faces'],
+        ['VAE', 'KL divergence in nats, test faces', vae['kl'], vae['published_kl']],
+        ['GAN', 'Fréchet distance to test faces in face descriptors of dlib, times 1,000', faces[0], 'none'],
+        ['GAN', 'share of the faces that the face detector of dlib sees clearly', faces[1], 'none'],
+        ['GAN', 'faces that a language model called broken', f'{gan["broken"]} of {gan["faces"]}', 'none'],
+        ['diffusion (an extra)', 'digits that a digit classifier reads as what was asked for, in %',
+         rounded(100 * log_of(p5_diffusion.CKPT)[-1]['accuracy'], 1),
+         f'{texts["conditional"]["published"]}, by an ACGAN and another classifier']]
+    for (target, source), *published in zip(sorted(SOURCE_OF.items()), texts['published'], texts['published_improved']):
+        of_seed_0 = [rounded(accuracies(results[row], target, source)[0], 2) for row in ('dann_entropy', 'improved')]
+        digits.append([scenario_name(target, source)] + [means[f'{target}_{row}'] for _, row, _ in ASKED]
+                      + [' / '.join(of_seed_0), ' / '.join(published)])
+    return dict(results=[pictures, digits], training=[trainings(results)])
 
 
-# ------------------------------------------------------------------------- README.md and results.md
+def trainings(results):
+    """Return rows of a command, what it trains, and the time of its runs in checkpoints/ with their machine."""
+    asked, others = [[read_log(run['log']) for runs in results.values() for run in runs
+                      if directions[run['target']] == run['source']]
+                     for directions in (DIRECTIONS['asked'], DIRECTIONS['others'])]
+    shipped_dann, shipped_adda = [[log_of(script.shipped(target)) for target in SOURCE_OF]
+                                  for script in (p3_dann, p4_adda)]
+    table = []
+    for command, what, logs in (
+            ('python3 p1_vae.py --train', 'the VAE', [log_of(p1_vae.CKPT)]),
+            ('python3 p2_gan.py --train', 'the GAN', [log_of(p2_gan.CKPT)]),
+            ('python3 p3_dann.py --train', 'the three nets of problem 3', shipped_dann),
+            ('python3 p4_adda.py --train', 'the three nets of problem 4', shipped_adda),
+            ('python3 p5_diffusion.py --train', 'the diffusion model', [log_of(p5_diffusion.CKPT)]),
+            ('bash report/train_tables.sh', 'all runs of problems 3 and 4', asked),
+            ('bash report/train_tables.sh', 'and those of three more pairs of domains', others)):
+        minutes = sum(map(minutes_of, logs))
+        took = f'{rounded(minutes, 0)} minutes'
+        if len(logs) > len(SOURCE_OF):
+            took = f'{len(logs)} runs, together {rounded(minutes / 60, 1)} hours'
+        machines = {f'a GPU ({log[0]["gpu"]})' if 'gpu' in log[0] else
+                    {1: '1 CPU core'}.get(log[0]['threads'], f'{log[0]["threads"]} CPU cores') for log in logs}
+        table.append([f'`{command}`', what, f'{took} on {" or ".join(sorted(machines))}'])
+    return table
 
-def log_of(name):
-    """The log of a checkpoint in checkpoints/."""
-    return read_log(os.path.join(CHECKPOINTS, name + '.jsonl'))
-
-
-def one(records, **wanted):
-    """The only record that has these values."""
-    found = [record for record in records
-             if all(record.get(name) == value for name, value in wanted.items())]
-    assert len(found) == 1, (wanted, len(found))
-    return found[0]
-
-
-def cell(values):
-    """Mean, standard deviation and number of accuracies."""
-    mean, spread = table_cell(values, 1)
-    return f'{mean} ± {spread} ({len(values)})' if spread else f'{mean} ({len(values)})'
-
-
-def results():
-    """The tables of README.md: ours beside the best public figures."""
-    kl, mse = p1_vae.PUBLISHED
-    lines = ['| pictures | measured | here | best public report |', '| --- | --- | --- | --- |']
-    test = one(log_of('p1_vae'), kind='test')
-    lines += [f'| VAE | mean squared error per pixel (between 0 and 1), test faces | {rounded(test["mse"], 4)} '
-              f'| {rounded(mse, 4)}, ten faces |',
-              f'| VAE | KL divergence in nats, test faces | {rounded(test["kl"], 1)} | {rounded(kl, 1)} |']
-    drawn, real = [one(read_log(p2_gan.SAMPLES), what=what) for what in ('p2_gan', 'real')]
-    lines += [f'| GAN | {what} | {rounded(drawn[name], places)} (real faces: {rounded(real[name], places)}) '
-              '| none |' for name, places, what in (
-                  ('frechet', 1, 'Fréchet distance to test faces in face descriptors of dlib, times 1,000'),
-                  ('clear', 3, 'share of the faces that the face detector of dlib sees clearly'))]
-    count = one(read_log(p2_gan.COUNTS), sha256=drawn['sha256'])
-    lines.append('| GAN | faces that a language model called broken '
-                 f'| {count["broken"]} of {count["faces"]} | none |')
-    found = rounded(100 * one(log_of('p5_diffusion'), kind='test')['accuracy'], 1)
-    lines.append('| diffusion (an extra) | digits that a digit classifier reads as what was asked for, in % '
-                 f'| {found} | {rounded(100 * PUBLISHED_ACGAN, 1)}, by an ACGAN and another classifier |')
-    rows = [results_of(problem)[row] for problem, row in (
-        ('p3_dann', 'source'), ('p3_dann', 'dann_entropy'), ('p4_adda', 'improved'), ('p3_dann', 'target'))]
-    lines += ['', '| digits: accuracy in % | lower bound | problem 3 | problem 4 | upper bound '
-              '| hw3_p3.sh / hw3_p4.sh (seed 0) | best public report: 3 / 4 |', '| --- ' * 7 + '|']
-    for (target, source), *published in zip(sorted(SOURCE_OF.items()), p3_dann.PUBLISHED, p4_adda.PUBLISHED):
-        values = [values_of(records, target, source) for records in rows]
-        assert all(len(one) == len(SEEDS) for one in values)
-        cells = [rounded(np.mean(one), 1) for one in values]
-        of_seed_0 = [rounded(one[0], 2) for one in values[1:3]]
-        lines.append(f'| {scenario_name(target, source)} | {" | ".join(cells)} | {" / ".join(of_seed_0)} '
-                     f'| {" / ".join(rounded(value, 1) for value in published)} |')
-    lines += ['', f'The first four columns are means over {len(SEEDS)} seeds. All our accuracies are on the test '
-              'images of the second domain.']
-    return '\n'.join(lines) + '\n'
+def results_tables():
+    """Return the tables of report/results.md, as rows of texts."""
+    results, shipped = digit_results(), p1_vae.DEFAULTS['lambda_kl']
+    vae = [[f'{row[0]:.1e}', row[1], row[2], row[-1]]
+           for row in sorted(vae_table(), key=lambda row: (row[0] != shipped, row[0]))]
+    gan = [[record['label'], rounded(record['images'], 0) if record['images'] else '', rounded(record['own'], 2),
+            rounded(record['clear'], 3), rounded(record['frechet'], 1), rounded(record['nearest'], 3)]
+           for record in read_log(p2_gan.SAMPLES)]
+    return [vae, csv_rows('table1_5'), gan, digit_table(results, ASKED + MORE, 'asked', SEEDS),
+            digit_table(results, ABLATION, 'asked', [0]), digit_table(results, OTHERS, 'others', SEEDS),
+            csv_rows('table5'), script_speeds()]
 
 
-# command, logs of its runs below checkpoints/, directions if they are a table's, and what is trained
-TRAININGS = (('python3 p1_vae.py --train', ('p1_vae',), None, 'the VAE'),
-             ('python3 p2_gan.py --train', ('p2_gan',), None, 'the GAN'),
-             ('python3 p3_dann.py --train', ('p3_dann_*',), None, 'the three nets of problem 3'),
-             ('python3 p4_adda.py --train', ('p4_adda_*',), None, 'the three nets of problem 4'),
-             ('python3 p5_diffusion.py --train', ('p5_diffusion',), None, 'the diffusion model'),
-             ('bash report/train_tables.sh', ('p[34]_*_*', 'p[34]_runs/*/*'), 'asked', 'all runs of problems 3 and 4'),
-             ('bash report/train_tables.sh', ('p[34]_runs/*/*',), 'others', 'and those of three more pairs of domains'))
+def digit_table(results, rows, directions, seeds):
+    """Return a label and the cell of each scenario for each of rows, which are like those of ASKED."""
+    table = []
+    for label, row, key in rows:
+        table.append([label])
+        for scenario in sorted(DIRECTIONS[directions].items()):
+            by_seed = accuracies(results[row], *scenario, key=key)
+            mean, spread = table_cell([by_seed[seed] for seed in seeds], 1)
+            table[-1].append(f'{mean} ± {spread} ({len(seeds)})' if spread else f'{mean} ({len(seeds)})')
+    return table
 
 
-def training_time(patterns, directions):
-    """How long the runs took whose logs match the patterns, and on which machine: a text."""
-    paths = sorted(path for pattern in patterns for path in glob.glob(os.path.join(CHECKPOINTS, pattern + '.jsonl'))
-                   if not path.endswith('_last.jsonl'))
-    minutes, machines = [], set()
-    for log in map(read_log, paths):
-        run = one(log, kind='run')
-        settings = run['settings']
-        if directions and (settings['target'], settings['source']) not in DIRECTIONS[directions].items():
-            continue
-        last = [record for record in log if record['kind'] == 'train'][-1]
-        minutes.append(last['step'] * settings['batch_size'] / last['images_per_second'] / 60)
-        machine = f'{run["threads"]} CPU core' + 's' * (run['threads'] > 1)
-        machines.add(f'a GPU ({run["gpu"]})' if 'gpu' in run else machine)
-    machine = ' or '.join(sorted(machines))
-    if directions:
-        return f'{len(minutes)} runs, together {rounded(sum(minutes) / 60, 1)} hours on {machine}'
-    return f'{rounded(sum(minutes), 0)} minutes on {machine}'
+def script_speeds():
+    records, table = read_log(os.path.join(CHECKPOINTS, 'benchmark_scripts.jsonl')), []
+    for record in sorted(records, key=lambda record: (record['script'], record['torch'])):
+        alone = ''
+        if 'threads_ratio' in record:
+            one_thread = record['one_thread_seconds']
+            alone = (f'{rounded(one_thread, 1)} s with one thread, '
+                     f'{rounded(one_thread / record["threads_ratio"], 1)} s with {record["cores"]}')
+        table.append([f'`bash {record["script"]}`', rounded(record['images'], 0), record['torch'],
+                      f'{rounded(record["seconds"], 1)} s', f'{rounded(record["import_seconds"], 1)} s', alone,
+                      f'{rounded(record["megabytes"], 0)} MB'])
+    return table
 
 
-def trainings():
-    """The commands of README.md, with the time and the machine of the shipped runs."""
-    lines = ['| command | trains | time |', '| --- | --- | --- |']
-    lines += [f'| `{command}` | {what} | {training_time(patterns, directions)} |'
-              for command, patterns, directions, what in TRAININGS]
-    return '\n'.join(lines) + '\n'
+# ------------------------------------------------------------------------------- what is written
+
+def with_tables(text, tables):
+    """Return a Markdown text in which the rows of its tables, one after another, are these rows of texts."""
+    parts = re.split(r'(?<= --- \|\n)(?:\|.*\n)+', text)
+    if len(parts) != len(tables) + 1:
+        raise UserError(f'a page has {len(parts) - 1} tables, and build.py makes {len(tables)}: mend the page')
+    rows = [''.join(f'| {" | ".join(row)} |\n' for row in table) for table in tables]
+    return ''.join(part + row for part, row in zip(parts, rows + ['']))
 
 
-ABOUT_DIGITS = ('Accuracy on the test images of the target in percent, mean and standard deviation over the seeds; the '
-                'number of seeds is in brackets. "Batch statistics of the target" means that the batch norms of the '
-                'trained net were given the statistics of unlabelled target images. The last two rows measure the nets '
-                'of "DANN + entropy" and "improved ADDA" on 500 target training images on which no run has trained.')
-# rows of tables: label, problem, name of the row in its log, which accuracy
-ASKED = (('lower bound: source only', 'p3_dann', 'source', 'accuracy'),
-         ('**DANN + entropy**', 'p3_dann', 'dann_entropy', 'accuracy'),
-         ('**improved ADDA**', 'p4_adda', 'improved', 'accuracy'),
-         ('upper bound: target only', 'p3_dann', 'target', 'accuracy'))
-OTHERS = (('lower bound: source only', 'p3_dann', 'source', 'accuracy'),
-          ('DANN + entropy', 'p3_dann', 'dann_entropy', 'accuracy'),
-          ('improved ADDA', 'p4_adda', 'improved', 'accuracy'))
-MORE = (('DANN', 'p3_dann', 'dann', 'accuracy'), ('plain ADDA', 'p4_adda', 'plain', 'accuracy'),
-        ('plain ADDA, before adaptation', 'p4_adda', 'plain', 'unadapted_accuracy'),
-        ('improved ADDA, before adaptation', 'p4_adda', 'improved', 'unadapted_accuracy'),
-        ('improved ADDA, no discriminator', 'p4_adda', 'improved_no_discriminator', 'accuracy'),
-        ('lower bound, batch statistics of the target', 'p3_dann', 'source', 'adabn_accuracy'),
-        ('lower bound, not augmented', 'p3_dann', 'source_not_augmented', 'accuracy'),
-        ('lower bound, not augmented, batch statistics of the target', 'p3_dann', 'source_not_augmented',
-         'adabn_accuracy'),
-        ('DANN + entropy, not augmented', 'p3_dann', 'dann_entropy_not_augmented', 'accuracy'),
-        ('DANN + entropy, on 500 held-out training images', 'p3_dann', 'dann_entropy', 'held_out_accuracy'),
-        ('improved ADDA, on 500 held-out training images', 'p4_adda', 'improved', 'held_out_accuracy'))
+def pages(texts):
+    """Return {path: text} of README.md and report/results.md with their tables made anew."""
+    readme = read(README)
+    for name, tables in readme_tables(texts).items():
+        before, part = readme.split(f'<!-- {name}: {COMMAND} -->')
+        part, after = part.split(f'<!-- end of {name} -->')
+        readme = f'{before}<!-- {name}: {COMMAND} -->{with_tables(part, tables)}<!-- end of {name} -->{after}'
+    return {README: readme, RESULTS: with_tables(read(RESULTS), results_tables())}
 
 
-def digit_table(directions, rows, seeds=SEEDS):
-    """A table of problems 3 and 4: rows by method, columns by scenario."""
-    scenarios = sorted(DIRECTIONS[directions].items())
-    lines = ['', '| | ' + ' | '.join(scenario_name(*one) for one in scenarios) + ' |', '| --- | --- | --- | --- |']
-    for label, problem, row, key in rows:
-        records = [record for record in results_of(problem)[row] if record['seed'] in seeds]
-        values = [values_of(records, *one, key=key) for one in scenarios]
-        assert all(len(one) == len(seeds) for one in values), f'{label}: a run is missing'
-        lines.append(f'| {label} | ' + ' | '.join(map(cell, values)) + ' |')
-    return lines
-
-
-def all_results():
-    """report/results.md, written from the logs alone."""
-    ablation = [(label, 'p4_adda', p4_adda.name_of(dict(pieces=pieces)), 'accuracy')
-                for label, pieces in p4_adda.ABLATION + p4_adda.CONTROLS]
-    parts = ([f'This page is written by `{COMMAND}` from the logs in checkpoints/.', '', '## Problem 1'] + rates(),
-             ['## Problem 2'] + samples(),
-             ['## Problems 3 and 4', '', ABOUT_DIGITS] + digit_table('asked', ASKED + MORE),
-             ['From plain ADDA to improved ADDA (+ self-training), one piece added at a time, and two controls, all of '
-              'seed 0 (the beginning of p4_adda.py and section 4-3 of the report explain the pieces):'
-              ] + digit_table('asked', ablation, seeds=(0,)),
-             ['Three more pairs of domains, which other years of the course ask for (the upper bound of a target is '
-              'that of the first table):'] + digit_table('others', OTHERS),
-             ['## Problems 5 and 6'] + conditional(),
-             ['## Speed of the scripts'] + script_results())
-    return '# Results\n\n' + '\n\n'.join('\n'.join(part) for part in parts) + '\n'
-
-
-def rates():
-    """MSE and KL of the VAE for each lambda_KL, and how well a linear classifier reads the attributes."""
-    tests = p1_vae.sweep_of(p1_vae.CKPT)
-    lines = ['', 'Mean squared error per pixel in [0, 1] and KL divergence on the test faces, decoded from the mean, '
-             'and dlib\'s Fréchet distance of 1,000 generated faces as in problem 2. The shipped net comes first; the '
-             'others start from its weights.', '', '| lambda_KL | KL (nats) | MSE | Fréchet |',
-             '| --- | --- | --- | --- |']
-    faces = {record['lambda_kl']: record['frechet'] for record in read_log(p1_vae.SAMPLES)}
-    faces[tests[0]['lambda_kl']] = one(read_log(p2_gan.SAMPLES), what='p1_vae')['frechet']
-    lines += [f'| {test["lambda_kl"]:.1e} | {rounded(test["kl"], 1)} | {rounded(test["mse"], 4)} '
-              f'| {rounded(faces[test["lambda_kl"]], 1)} |'
-              for test in tests[:1] + sorted(tests[1:], key=lambda test: test['lambda_kl'])]
-    with open(os.path.join(ROOT, 'figures', 'table1_5.csv')) as file:
-        rows = list(csv.reader(file))[1:]
-    lines += ['', 'Balanced accuracy in % of a linear classifier that reads an attribute from the latent means:', '',
-              '| attribute | held-out training faces | test faces |', '| --- | --- | --- |']
-    return lines + ['| ' + ' | '.join(row) + ' |' for row in rows]
-
-
-def samples():
-    """Scores of 1,000 generated faces of each run of problem 2."""
-    lines = ['', '1,000 faces of each. Own score: Fréchet distance to the held-out training faces, between latent '
-             'means of problem 1. The other three scores use dlib and the test faces. Clear: share of the faces that '
-             'the detector sees clearly. Fréchet (times 1,000): distance between the descriptors of the faces and of '
-             'the test faces. Nearest: mean distance from a face to the nearest test face. Of the own score and of '
-             'Fréchet less is better.', '',
-             '| faces | images seen | own score | clear | Fréchet | nearest |', '| --- | --- | --- | --- | --- | --- |']
-    for record in read_log(p2_gan.SAMPLES):
-        scores = [rounded(record[name], places) for name, places in (
-            ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))]
-        cells = [record['label'], rounded(record['images'], 0) if record['images'] else ''] + scores
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return lines
-
-
-def conditional():
-    """Scores of 1,000 drawn digits of each setting of problems 5 and 6."""
-    with open(os.path.join(ROOT, 'figures', 'table5.csv'), encoding='utf8') as file:
-        rows = list(csv.reader(file))
-    return ['', '1,000 generated digits of MNIST-M of each setting, 100 of each class. The judge is the upper bound of '
-            'problem 3. Accuracy: the share that it reads as the digit that was asked for. The distances are between '
-            'its features: Fréchet to the test digits, the others to the nearest training digit. Real digits: the '
-            'accuracy is that of all test digits, the Fréchet distance that of 1,000 training digits, and the others '
-            'are those of held-out digits.', ''] + [
-                '| ' + ' | '.join(row) + ' |' for row in rows[:1] + [['---'] * len(rows[0])] + rows[1:]]
-
-
-def script_results():
-    """What `python3 tests/benchmark.py scripts` measured."""
-    lines = ['', 'The images of problems 3 and 4 are the test images of SVHN in the data kit, repeated to the number '
-             'of the official test set. The column "Python program alone" is another measurement: the whole of '
-             'p3_dann.py with the import of torch, but without the shell script. So its times need not fit the wall '
-             'time.', '',
-             '| command | images | torch | wall time | of which importing torch | Python program alone | peak memory |',
-             '| --- | --- | --- | --- | --- | --- | --- |']
-    for record in sorted(log_of('benchmark_scripts'), key=lambda record: (record['script'], record['torch'])):
-        single = ''
-        if 'cores' in record:
-            seconds = record['one_thread_seconds']
-            single = (f'{rounded(seconds, 1)} s with one thread, {rounded(seconds / record["threads_ratio"], 1)} s '
-                      f'with {record["cores"]}')
-        lines.append(f'| `bash {record["script"]}` | {record["images"]:,} | {record["torch"]} '
-                     f'| {rounded(record["seconds"], 1)} s | {rounded(record["import_seconds"], 1)} s | {single} '
-                     f'| {rounded(record["megabytes"], 0)} MB |')
-    return lines
-
-
-# ------------------------------------------------------------------------------------ what is written
-
-def readme():
-    """The text of README.md with its tables made anew."""
-    with open(README, encoding='utf8') as file:
-        text = file.read()
-    for name, table in (('results', results()), ('training', trainings())):
-        start = f'<!-- {name}: {COMMAND} -->\n'
-        begin, end = text.index(start) + len(start), text.index(f'<!-- end of {name} -->')
-        text = text[:begin] + '\n' + table + '\n' + text[end:]
-    return text
-
-
-def build(args):
+def write_pdf(path, texts):
     try:
         import typst
     except ImportError:
         raise UserError('typst is not installed: pip install typst==0.15.2') from None
 
-    def write(temporary):
-        try:
-            typst.compile(os.path.join(HERE, 'report.typ'), output=temporary, root=ROOT,
-                          ignore_system_fonts=True, sys_inputs=dict(values=json.dumps(values())))
-        except typst.TypstError as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise UserError(f'report.typ does not compile ({reason}): if a figure is missing, let the --plot of its '
-                            'problem draw it') from error
-    write_text(README, readme())
-    write_text(RESULTS, all_results())
-    write_whole(args.out, write)
+    write_whole(path, lambda temporary: typst.compile(
+        os.path.join(ROOT, 'report', 'report.typ'), output=temporary, root=ROOT, ignore_system_fonts=True,
+        sys_inputs=dict(values=json.dumps(texts))))
+
+
+def build(args):
+    texts = values()
+    for path, text in pages(texts).items():
+        write_text(path, text)
+    write_pdf(args.out, texts)
     print(f'{README}, {RESULTS} and {args.out} are written')
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', default=PDF, help='PDF to write (hw3_studentID.pdf)')
+    parser.add_argument('--out', type=os.path.expanduser, default=PDF, help='PDF to write (hw3_studentID.pdf)')
     run_command(build, parser.parse_args(argv))
 
 

@@ -88,7 +88,7 @@ def draw_images(axes, images, columns, left=(), above=()):
     for index, text in enumerate(left):
         axes.text(-6, height * (index + 0.5) + 2, text, ha='right', va='center')
     for index, text in enumerate(above):
-        axes.text(width * (index + 0.5) + 2, -5, text, ha='center')
+        axes.text(width * (index + 0.5) + 2, -5 * height / 66, text, ha='center')
 
 
 def rounded(value, places):

@@ -1,9 +1,14 @@
-"""What the tests share: a small data folder drawn here, and how they call the project."""
+"""What the tests share: a small data folder drawn here, and the project's commands as users call them."""
 import csv
+import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -27,6 +32,62 @@ def run(command, cwd=ROOT, timeout=300, **environment):
     return subprocess.run([str(word) for word in command], cwd=str(cwd), env=variables,
                           timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           stdin=subprocess.DEVNULL, universal_newlines=True)
+
+
+# a server that has imported what takes long; of the scripts nothing, since a test may run a copy of them
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['pytest', 'torch', 'torch._dynamo'])
+
+
+def execute(words, cwd, folder):
+    """Be python3 -c in the folder cwd, with its output in files of another folder."""
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(str(cwd))
+    sys.argv = words[1:2] + words[3:]
+    exec(words[2], {'__name__': '__main__'})
+
+
+def start_code(command, cwd, folder):
+    """Start a command, python3 -c with its words, as a process that is forked from the server."""
+    words = [str(word) for word in command]
+    assert words[:2] == ['python3', '-c']
+    process = SERVER.Process(target=execute, args=(words, cwd, folder))
+    process.start()
+    return process
+
+
+def output(folder):
+    """What a command that start_code started has written to stdout and stderr."""
+    texts = []
+    for name in ('stdout', 'stderr'):
+        with open(os.path.join(folder, name), encoding='utf8') as file:
+            texts.append(file.read())
+    return texts
+
+
+def run_code(command, cwd=ROOT, timeout=300):
+    """Run a command of start_code to its end.  Returns what run returns, but some seconds sooner."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_code(command, cwd, folder)
+        process.join(timeout)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, process.exitcode, *output(folder))
+
+
+def kill_code(command, condition):
+    """Start a command of start_code and kill it (kill -9) as soon as condition() holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_code(command, ROOT, folder)
+        while not condition():
+            assert process.exitcode is None, 'the run ended before it could be killed: ' + output(folder)[1]
+            time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    # the server of Python 3.6 does not know which signal it was
+    assert process.exitcode == (255 if sys.version_info < (3, 7) else -signal.SIGKILL)
 
 
 def call(program, *words):
@@ -58,6 +119,24 @@ def assert_one_line(result, *words, code=1):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert str(word) in lines[0]
+
+
+def refusals(program, rows, cwd):
+    """What a program says to each row of flags: exit code and stderr; in one process, which is quicker."""
+    code = (f'import contextlib, io, json, sys; sys.path.insert(0, {ROOT!r}); import {program} as program\n'
+            f'sys.argv[0], found = "{program}.py", []\n'
+            'for flags in json.loads(sys.argv[1]):\n'
+            '    stderr = io.StringIO()\n'
+            '    with contextlib.redirect_stderr(stderr):\n'
+            '        try:\n'
+            '            program.main(flags)\n'
+            '            found.append((0, stderr.getvalue()))\n'
+            '        except SystemExit as error:\n'
+            '            found.append((error.code, stderr.getvalue()))\n'
+            'print(json.dumps(found))')
+    result = run_code(['python3', '-c', code, json.dumps(rows)], cwd)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def draw_face(rng):

@@ -22,7 +22,7 @@ def test_discriminator_sees_products_of_features_and_probabilities():
 def test_fooling_loss_is_the_discriminators_with_the_labels_changed():
     verdicts = torch.randn(9)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(verdicts, torch.ones(9))
-    assert p4_adda.fooling_loss(verdicts).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert p4_adda.adversarial_loss(verdicts).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_only_confident_images_count():
@@ -30,14 +30,14 @@ def test_only_confident_images_count():
     probabilities = torch.full((3, 10), 0.001)
     probabilities[0, 2], probabilities[1, 7], probabilities[2, 4] = 0.99, p4_adda.CONFIDENT, 0.5
     logits = torch.randn(3, 10, requires_grad=True)
-    loss, share = p4_adda.confident_loss(logits, probabilities)
+    loss, share = p4_adda.pseudo_label_loss(logits, probabilities)
     log_probabilities = torch.log_softmax(logits, 1)
     expected = -(log_probabilities[0, 2] + log_probabilities[1, 7]) / 3
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert share.item() == pytest.approx(2 / 3)
     loss.backward()
     assert logits.grad[2].abs().max() == 0 < logits.grad[:2].abs().max()
-    nobody, share = p4_adda.confident_loss(logits, torch.full((3, 10), 0.1))
+    nobody, share = p4_adda.pseudo_label_loss(logits, torch.full((3, 10), 0.1))
     assert nobody.item() == 0 and share.item() == 0
 
 
@@ -45,15 +45,15 @@ def test_diversity_gives_to_rare_classes_alone():
     """Among frequent classes nothing changes; a rare one gains by as much as it is short of."""
     logits, shares = torch.randn(7, 10), torch.softmax(2 * torch.randn(10), 0)
     probabilities = torch.softmax(logits, 1)
-    found = p4_adda.diversified(probabilities, shares)
+    found = p4_adda.debiased(probabilities, shares)
     short = (p4_adda.DIVERSITY / shares).clamp(min=1)
     assert torch.allclose(found, torch.softmax(logits + short.log(), 1), atol=1e-6)
-    assert torch.allclose(p4_adda.diversified(probabilities, torch.full((10,), 0.1)), probabilities, atol=1e-6)
+    assert torch.allclose(p4_adda.debiased(probabilities, torch.full((10,), 0.1)), probabilities, atol=1e-6)
     between = torch.zeros(1, 10)
     between[0, 1], between[0, 7] = 0.6, 0.4          # more of a one, of which there have been enough
     uneven = torch.full((10,), 0.1)
     uneven[1], uneven[7] = 0.15, 0.05
-    assert p4_adda.diversified(between, uneven)[0].tolist()[1:8:6] == pytest.approx([3 / 7, 4 / 7])
+    assert p4_adda.debiased(between, uneven)[0].tolist()[1:8:6] == pytest.approx([3 / 7, 4 / 7])
 
 
 def test_teacher_has_the_statistics_of_the_batch_and_no_dropout():
@@ -61,8 +61,8 @@ def test_teacher_has_the_statistics_of_the_batch_and_no_dropout():
     teacher, images = DigitNet(channels=[4, 6, 8], dropout=0.5).eval(), torch.rand(12, 3, 28, 28)
     shares = torch.full((10,), 0.1)
     with torch.no_grad():
-        found = p4_adda.taught(teacher, images, None)
-        diverse = p4_adda.taught(teacher, images, shares)
+        found = p4_adda.teacher_probabilities(teacher, images, None)
+        diverse = p4_adda.teacher_probabilities(teacher, images, shares)
         assert not any(part.training for part in teacher.modules())
         teacher.encoder.train()
         expected = torch.softmax(teacher(images), 1)
@@ -71,7 +71,7 @@ def test_teacher_has_the_statistics_of_the_batch_and_no_dropout():
         assert not torch.allclose(found, torch.softmax(teacher(images), 1), atol=1e-3)
     decay = p4_adda.SHARES_DECAY
     assert torch.allclose(shares, decay * 0.1 + (1 - decay) * expected.mean(0), atol=1e-6)
-    assert torch.allclose(diverse, p4_adda.diversified(expected, shares), atol=1e-6)
+    assert torch.allclose(diverse, p4_adda.debiased(expected, shares), atol=1e-6)
 
 
 def test_nuclear_norm_is_highest_for_sure_and_even_predictions():
@@ -94,19 +94,12 @@ def test_learning_rate_has_a_schedule_for_either_part():
         assert part[0] < 0.02 * max(part) and 0 < part[-1] < 1e-4 * max(part)
 
 
-def test_table_of_runs():
-    """Plain and improved ADDA and its control with three seeds, the rest with one; one run each is shipped."""
-    assert [pieces for _, pieces, _ in p4_adda.ROWS][:2] == ['', 'normalise']
-    assert p4_adda.ROWS[-1][1] == p4_adda.DEFAULTS['pieces']
-    assert [len(seeds) for _, _, seeds in p4_adda.ROWS] == [3] + [1] * (len(p4_adda.PIECES) - 1) + [3]
-    paths = {p4_adda.shipped('mnistm', pieces=pieces, seed=seed)
-             for _, pieces, seeds in p4_adda.ROWS + p4_adda.CONTROLS for seed in seeds}
-    assert len(paths) == 6 + len(p4_adda.PIECES) - 1 + 4
+def test_ablation_goes_from_plain_to_improved():
+    assert [pieces for _, pieces in p4_adda.ABLATION][:2] == ['', 'normalise']
+    assert p4_adda.ABLATION[-1][1] == p4_adda.DEFAULTS['pieces']
+    paths = {p4_adda.shipped('mnistm', pieces=pieces) for _, pieces in p4_adda.ABLATION + p4_adda.CONTROLS}
+    assert len(paths) == len(p4_adda.PIECES) + 3
     assert sum(path.endswith('checkpoints/p4_adda_mnistm.pth') for path in paths) == 1
-    for name in ('plain_seed2', 'up_to_anchor_seed0', 'up_to_anchor_no_discriminator_seed0', 'improved_seed1',
-                 'improved_no_discriminator_seed1'):
-        assert sum(path.endswith(f'checkpoints/p4_runs/usps_mnistm/{name}.pth') for path in paths) == 1, name
-    assert p4_adda.name_of(dict(pieces='augment,teacher')) == 'augment+teacher'
 
 
 def test_patches_are_enlarged_pieces_of_the_images():

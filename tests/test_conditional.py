@@ -6,40 +6,46 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, kill_code, refusals, run, run_code
+from conftest import ROOT, assert_one_line, kill_code, run, run_code
 from PIL import Image
 
-import p5_conditional
-from models import ClassDiscriminator, ClassGenerator, UNet, file_sum, load_checkpoint, write_log
+import p5_diffusion
+import p6_acgan
+import report.figures
+from models import ClassDiscriminator, ClassGenerator, UNet, sha256, load_checkpoint, write_log
 
-CPU = torch.device('cpu')
-# the real program with small nets that logs and saves often; its judge is another net, which is always there
-QUICK = (f'import sys; sys.path.insert(0, {ROOT!r}); import p5_conditional as program; program.LOG_EVERY = 1; '
-         'program.SAVE_EVERY = 3; program.SCORED = 2; program.LEARNING_RATE_WARM_UP = 2; '
-         'program.UNET = dict(channels=[8, 16], told=8); program.LEARNING_RATES["acgan"] = (5e-3, 5e-3); '
-         'program.GENERATOR = dict(digits=dict(latent_dim=4, channels=[4, 6], size=28), '
-         'faces=dict(latent_dim=4, channels=[4, 6, 8], size=64)); '
-         'program.DISCRIMINATOR_CHANNELS = dict(digits=[4, 6], faces=[4, 6, 8]); '
-         f'program.JUDGE = {os.path.join(ROOT, "checkpoints", "p3_dann_mnistm.pth")!r}; '
+# the real programs with small nets that log and save often; their judge is another net, which is always there
+QUICK = ('import sys; sys.path.insert(0, {root!r}); import {name} as program; program.LOG_EVERY = 1; '
+         'program.SAVE_EVERY = 3; program.SCORED = 2; program.LEARNING_RATE_WARM_UP = 2; {small}; '
+         'program.JUDGE = {judge!r}; '
          'import models; models.pick_precision = lambda device: "fp32"; ')
-FIGURES = ['fig5_1.txt', 'fig5_2.jpg', 'fig5_3.jpg', 'fig5_4.png', 'fig5_5.png', 'fig5_6.jpg', 'table5.csv',
-           'table5.png']
-FLAGS = dict(diffusion=[], acgan=['--method', 'acgan'],
-             faces=['--method', 'acgan', '--data', 'faces', '--attribute', 'Smiling'])
+JUDGE = os.path.join(ROOT, 'checkpoints', 'p3_dann_mnistm.pth')
+SMALL = dict(
+    p5_diffusion='program.NET = dict(channels=[8, 16], conditioning=8, classes=10)',
+    p6_acgan='program.LEARNING_RATES = (5e-3, 5e-3); '
+             'program.GENERATOR = dict(digits=dict(latent_dim=4, channels=[4, 6], size=28, classes=10), '
+             'faces=dict(latent_dim=4, channels=[4, 6, 8], size=64, classes=2)); '
+             'program.DISCRIMINATOR_CHANNELS = dict(digits=[4, 6], faces=[4, 6, 8])')
+FIGURES = dict(p5_diffusion=['fig5_1.txt', 'fig5_2.jpg', 'fig5_3.jpg', 'fig5_4.png', 'fig5_5.png', 'table5.csv',
+                             'table5.png'],
+               p6_acgan=['fig6_1.txt', 'fig6_2.jpg', 'fig6_3.png', 'fig6_4.jpg'])
+FACES = ['--data', 'faces', '--attribute', 'Smiling']
 
 
 @pytest.fixture(scope='module')
 def trained(data_dir, tmp_path_factory):
-    """A folder with a small net of each kind, diffusion.pth, acgan.pth and faces.pth, and their logs."""
+    """A folder with a small net of each kind and their logs, under the names of the shipped ones."""
     folder = tmp_path_factory.mktemp('trained')
-    for name, flags in FLAGS.items():
-        result = train(data_dir, folder / (name + '.pth'), '--steps', '40', *flags)
+    for program, name, flags in (('p5_diffusion', 'p5_diffusion', []), ('p6_acgan', 'p6_acgan', []),
+                                 ('p6_acgan', 'p6_acgan_smiling', FACES)):
+        result = train(program, data_dir, folder / (name + '.pth'), '--steps', '40', *flags)
         assert result.returncode == 0, result.stderr
     return folder
 
 
-def command(data_dir, ckpt, *words, **options):
-    code = QUICK + options.get('before', '') + 'program.main()'
+def command(name, data_dir, ckpt, *words, **options):
+    code = QUICK.format(root=ROOT, name=name, small=SMALL[name], judge=JUDGE)
+    code += options.get('before', '') + 'program.main()'
     return ['python3', '-c', code, '--train', '--data_dir', str(data_dir), '--ckpt', str(ckpt), '--batch_size', '4',
             '--device', 'cpu'] + [str(word) for word in words]
 
@@ -66,7 +72,7 @@ def small_unet():
 
 
 def test_noise_schedule_is_its_closed_form():
-    shares = p5_conditional.signal_shares().double().numpy()
+    shares = p5_diffusion.alpha_bars().double().numpy()
     wave = np.cos((np.arange(501) / 500 + 0.008) / 1.008 * np.pi / 2) ** 2
     assert shares.shape == (501,) and shares[0] == 1 and (np.diff(shares) < 0).all() and shares[-1] > 0
     assert np.allclose(shares[:-1], wave[:-1] / wave[0], rtol=1e-4)
@@ -74,7 +80,7 @@ def test_noise_schedule_is_its_closed_form():
 
 def test_noised_images_have_the_shares_of_signal_and_noise():
     x, noise = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 2.0)
-    found = p5_conditional.noised(x, noise, torch.tensor([1.0, 0.36]))
+    found = p5_diffusion.add_noise(x, noise, torch.tensor([1.0, 0.36]))
     assert torch.allclose(found[0], x[0]) and torch.allclose(found[1], torch.tensor(0.6 * 0.5 + 0.8 * 2.0))
 
 
@@ -82,14 +88,14 @@ def test_noised_images_have_the_shares_of_signal_and_noise():
 def test_sampling_with_the_true_noise_returns_the_image(steps):
     """On the way x is always the image with this very noise (DDIM adds no new one)."""
     image, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
-    shares, seen = p5_conditional.signal_shares(), []
+    shares, seen = p5_diffusion.alpha_bars(), []
 
     def noise_in(x, step):
-        assert torch.allclose(x, p5_conditional.noised(image, noise, shares[step]), atol=1e-3)
+        assert torch.allclose(x, p5_diffusion.add_noise(image, noise, shares[step]), atol=1e-3)
         seen.append(step)
         return (x - shares[step].sqrt() * image) / (1 - shares[step]).sqrt()
-    start = p5_conditional.noised(image, noise, shares[p5_conditional.SAMPLING_START])
-    found, expected = p5_conditional.denoise(noise_in, start, steps, shown=(1, steps))
+    start = p5_diffusion.add_noise(image, noise, shares[p5_diffusion.SAMPLING_START])
+    found, expected = p5_diffusion.ddim_sample(noise_in, start, steps, shown=(1, steps))
     assert torch.allclose(found, image, atol=1e-3)
     assert all(torch.allclose(one, image, atol=1e-3) for one in expected)
     assert len(seen) == steps and seen[0] == 490 and seen == sorted(set(seen), reverse=True)
@@ -97,12 +103,12 @@ def test_sampling_with_the_true_noise_returns_the_image(steps):
 
 def test_sampling_limits_the_expected_image_and_finds_its_noise_anew():
     """If the net expects a brightness of 3, x goes on as white with the noise that is then in it."""
-    shares, x, seen = p5_conditional.signal_shares(), torch.randn(1, 3, 4, 4), []
+    shares, x, seen = p5_diffusion.alpha_bars(), torch.randn(1, 3, 4, 4), []
 
     def noise_in(x, step):
         seen.append((x, shares[step]))
         return (x - shares[step].sqrt() * 3) / (1 - shares[step]).sqrt()
-    found, _ = p5_conditional.denoise(noise_in, x, 2)
+    found, _ = p5_diffusion.ddim_sample(noise_in, x, 2)
     (_, first), (second, share) = seen
     noise = (x - first.sqrt()) / (1 - first).sqrt()
     assert torch.allclose(second, share.sqrt() + (1 - share).sqrt() * noise, atol=1e-4)
@@ -115,8 +121,8 @@ def test_guidance_goes_on_from_the_untold_noise_through_the_told_one():
         told = net(x, torch.tensor([70, 70, 70]), labels)
         untold = net(x, torch.tensor([70, 70, 70]), torch.tensor([3, 3, 3]))
         assert not torch.allclose(told, untold, atol=1e-4)
-        assert torch.equal(p5_conditional.guided_noise(net, x, 70, labels, 0), told)
-        guided = p5_conditional.guided_noise(net, x, 70, labels, 1.5)
+        assert torch.equal(p5_diffusion.guided_noise(net, x, 70, labels, 0), told)
+        guided = p5_diffusion.guided_noise(net, x, 70, labels, 1.5)
         assert torch.allclose(guided, 2.5 * told - 1.5 * untold, atol=1e-5)
 
 
@@ -148,21 +154,21 @@ def test_nets_of_acgan(size, channels, classes):
 def test_losses_of_acgan_are_cross_entropies():
     real, fake, labels = torch.randn(4), torch.randn(4), torch.tensor([0, 2, 1, 2])
     real_logits, fake_logits = torch.randn(4, 3), torch.randn(4, 3)
-    adversarial, naming = p5_conditional.adversarial_losses(real, fake, real_logits, fake_logits, labels)
+    adversarial, naming = p6_acgan.discriminator_losses(real, fake, real_logits, fake_logits, labels)
     assert torch.allclose(adversarial, -torch.sigmoid(real).log().mean() - torch.sigmoid(-fake).log().mean())
     assert torch.allclose(naming, -sum(torch.log_softmax(logits, 1)[range(4), labels].mean()
                                        for logits in (real_logits, fake_logits)))
 
 
-@pytest.mark.parametrize('flags', [FLAGS['diffusion'], FLAGS['acgan']], ids=['diffusion', 'acgan'])
-def test_killed_run_goes_on_as_if_nothing_had_happened(data_dir, tmp_path, flags):
+@pytest.mark.parametrize('name', sorted(SMALL))
+def test_killed_run_goes_on_as_if_nothing_had_happened(data_dir, tmp_path, name):
     one, two = tmp_path / 'one.pth', tmp_path / 'two.pth'
-    result = train(data_dir, one, '--steps', '20', *flags)
+    result = train(name, data_dir, one, '--steps', '20')
     assert result.returncode == 0, result.stderr
-    kill_code(command(data_dir, two, '--steps', '20', *flags), (tmp_path / 'two_last.pth').exists)
-    result = train(data_dir, two, '--resume', *flags)
+    kill_code(command(name, data_dir, two, '--steps', '20'), (tmp_path / 'two_last.pth').exists)
+    result = train(name, data_dir, two, '--resume')
     assert result.returncode == 0, result.stderr
-    first, second = [load_checkpoint(str(path), 'p5_conditional')['net'] for path in (one, two)]
+    first, second = [load_checkpoint(str(path), name)['net'] for path in (one, two)]
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     for kind in ('train', 'held_out', 'test'):
         assert records(one, kind) == records(two, kind)
@@ -173,82 +179,27 @@ def test_label_that_is_dropped_is_not_learned(data_dir, tmp_path):
     tables = []
     for steps in (1, 6):
         ckpt = tmp_path / f'{steps}.pth'
-        assert train(data_dir, ckpt, '--steps', steps, before='program.LABEL_DROPPED = 1.0; ').returncode == 0
-        tables.append(load_checkpoint(str(ckpt), 'p5_conditional')['net']['label.weight'])
+        result = train('p5_diffusion', data_dir, ckpt, '--steps', steps, before='program.LABEL_DROPPED = 1.0; ')
+        assert result.returncode == 0, result.stderr
+        tables.append(load_checkpoint(str(ckpt), 'p5_diffusion')['net']['label.weight'])
     assert torch.equal(tables[0][:10], tables[1][:10]) and not torch.equal(tables[0][10], tables[1][10])
 
 
 def test_training_lowers_the_error_of_the_noise(data_dir, tmp_path):
     ckpt = tmp_path / 'run.pth'
-    result = train(data_dir, ckpt, '--steps', '150', before='program.SAVE_EVERY = 150; ')
+    result = train('p5_diffusion', data_dir, ckpt, '--steps', '150', before='program.SAVE_EVERY = 150; ')
     assert result.returncode == 0, result.stderr
     losses = [record['noise_loss'] for record in records(ckpt, 'train')]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
 
 
-@pytest.mark.parametrize('name', sorted(FLAGS))
-def test_draws_a_picture_and_single_images(trained, tmp_path, name):
-    """The same bytes whatever the threads, the processes and the number of images; another seed, other images."""
-    program = os.path.join(ROOT, 'p5_conditional.py')
-
-    def draw(*words, **variables):
-        result = run(['python3', program, '--ckpt', trained / (name + '.pth'), '--sampling_steps', '3'] + list(words),
-                     cwd=tmp_path, **variables)
-        assert result.returncode == 0, result.stderr
-    classes, size = (2, 64) if name == 'faces' else (10, 28)
-    draw('--out', 'one.png', OMP_NUM_THREADS='1')
-    if name == 'diffusion':
-        draw('--out', 'two.png', OMP_NUM_THREADS='3')
-        draw('--out', 'other.png', '--seed', '7')
-        contents = [(tmp_path / name).read_bytes() for name in ('one.png', 'two.png', 'other.png')]
-        assert contents[0] == contents[1] != contents[2]
-    with Image.open(str(tmp_path / 'one.png')) as picture:
-        pixels = np.asarray(picture)
-    assert pixels.shape == (classes * (size + 2) + 2, 10 * (size + 2) + 2, 3)
-    draw('--out', 'single', '--n', '3')
-    names = sorted(os.listdir(str(tmp_path / 'single')))
-    assert names == [f'{label}_{index:03d}.png' for label in range(classes) for index in (1, 2, 3)]
-    with Image.open(str(tmp_path / 'single' / '1_002.png')) as image:
-        top, left = 2 + size + 2, 2 + size + 2
-        assert np.array_equal(np.asarray(image), pixels[top:top + size, left:left + size])
-
-
-def put(trained, name, ckpt):
-    """Put the net of a kind, and its log, where a program looks for them."""
-    os.makedirs(os.path.dirname(str(ckpt)), exist_ok=True)
-    for ending in ('.pth', '.jsonl'):
-        shutil.copy(str(trained / (name + ending)), str(ckpt).replace('.pth', ending))
-
-
-def test_folder_and_flags_decide_what_is_drawn(copy_of_project, trained, tmp_path):
-    """Without --ckpt the net of --method and --data draws; a folder that is there and empty takes single images."""
-    folder = copy_of_project / 'checkpoints'
-    for name in ('p5_conditional.pth', 'p5_methods/acgan.pth'):
-        if (folder / name).exists():
-            (folder / name).unlink()
-    put(trained, 'faces', folder / 'p5_methods' / 'acgan_smiling.pth')
-    (tmp_path / 'tmp.2020').mkdir()
-    program = copy_of_project / 'p5_conditional.py'
-    words = ['python3', program, '--method', 'acgan', '--data', 'faces', '--out', 'tmp.2020']
-    result = run(words + ['--n', '2'], cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert sorted(os.listdir(str(tmp_path / 'tmp.2020'))) == ['0_001.png', '0_002.png', '1_001.png', '1_002.png']
-    assert_one_line(run(words, cwd=tmp_path), 'tmp.2020 exists and is no empty folder')
-    assert_one_line(run(['python3', program, '--out', 'x.png'], cwd=tmp_path), 'p5_conditional.pth', 'hw3_p5.sh')
-    assert_one_line(run(['python3', program, '--out', 'x.png', '--method', 'acgan'], cwd=tmp_path),
-                    'acgan.pth: train one with p5_conditional.py --train --method acgan')
-    assert_one_line(run(words + ['--attribute', 'male'], cwd=tmp_path / 'tmp.2020'),
-                    '--method acgan --data faces --attribute Male')
-
-
 def test_figures(copy_of_project, trained, tmp_path):
-    """--plot from three small nets and made-up scores; another net in the place of the diffusion is told."""
+    """--plot from three small nets and made-up scores; another net in the place of a scored one is refused."""
     folder, scores = copy_of_project / 'checkpoints', []
-    paths = dict(diffusion=folder / 'p5_conditional.pth', acgan=folder / 'p5_methods' / 'acgan.pth',
-                 faces=folder / 'p5_methods' / 'acgan_smiling.pth')
-    for name, path in paths.items():
-        put(trained, name, path)
-    sums = {name: file_sum(str(path)) for name, path in paths.items()}
+    for name in os.listdir(str(trained)):
+        shutil.copy(str(trained / name), str(folder))
+    sums = {what: sha256(str(folder / (name + '.pth'))) for what, name in (
+        ('diffusion', 'p5_diffusion'), ('acgan', 'p6_acgan'), ('faces', 'p6_acgan_smiling'))}
     rows = [('real', '', ''), ('acgan', '', ''), ('diffusion', 50, 0.0), ('diffusion', 50, 2.0), ('diffusion', 10, 2.0)]
     for index, (what, steps, guidance) in enumerate(rows):
         scores.append(dict(
@@ -258,21 +209,23 @@ def test_figures(copy_of_project, trained, tmp_path):
     scores.append(dict(kind='faces', what='faces', attribute='Smiling', accuracy=0.7, real_accuracy=0.8,
                        sha256=sums['faces']))
     write_log(str(folder / 'p5_scores.jsonl'), scores)
-    plot = ['python3', copy_of_project / 'p5_conditional.py', '--plot', '--out', tmp_path / 'figures']
-    result = run(plot)
-    assert result.returncode == 0, result.stderr
-    assert sorted(os.listdir(str(tmp_path / 'figures'))) == FIGURES
-    for name in FIGURES:
-        if name.endswith(('.png', '.jpg')):
-            with Image.open(str(tmp_path / 'figures' / name)) as picture:
-                assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
-    table = (tmp_path / 'figures' / 'table5.csv').read_text(encoding='utf8').splitlines()
+    plots = {name: ['python3', copy_of_project / (name + '.py'), '--plot', '--out', tmp_path / name]
+             for name in FIGURES}
+    for program, names in FIGURES.items():
+        result = run(plots[program])
+        assert result.returncode == 0, result.stderr
+        assert sorted(os.listdir(str(tmp_path / program))) == names
+        for name in names:
+            if name.endswith(('.png', '.jpg')):
+                with Image.open(str(tmp_path / program / name)) as picture:
+                    assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
+    table = (tmp_path / 'p5_diffusion' / 'table5.csv').read_text(encoding='utf8').splitlines()
     assert table[1:] == ['real,,,91.0,30.0,8.00,4.00,', 'acgan,,,92.0,31.0,8.10,4.20,',
                          'diffusion,50,0.0,93.0,32.0,8.20,4.40,7.0', 'diffusion,50,2.0,94.0,33.0,8.30,4.60,8.0',
                          'diffusion,10,2.0,95.0,34.0,8.40,4.80,9.0']
     scores[-1]['sha256'] = 'of another net'
     write_log(str(folder / 'p5_scores.jsonl'), scores)
-    assert_one_line(run(plot), 'has no scores of', 'acgan_smiling.pth', 'benchmark.py conditional')
+    assert_one_line(run(plots['p6_acgan']), 'has no scores of', 'p6_acgan_smiling.pth', 'benchmark.py conditional')
 
 
 def test_curves_of_the_scores_show_their_records(tmp_path, monkeypatch):
@@ -281,30 +234,25 @@ def test_curves_of_the_scores_show_their_records(tmp_path, monkeypatch):
     for index, (steps, guidance) in enumerate(((50, 0.0), (50, 2.0), (10, 2.0))):
         scores.append(dict(kind='digits', what='diffusion', sampling_steps=steps, guidance=guidance,
                            accuracy=0.91 + index / 100, frechet=30.0 + index))
-    monkeypatch.setattr(p5_conditional, 'save_figure', lambda path, figure: drawn.append(figure))
-    p5_conditional.plot_scores('fig5_4.png', scores)
+    monkeypatch.setattr(report.figures, 'save_figure', lambda path, figure: drawn.append(figure))
+    p5_diffusion.plot_scores('fig5_4.png', scores)
     lines = [axes.get_lines()[0].get_xydata().tolist() for axes in drawn[0].axes]
     assert np.allclose(lines[0], [[0, 91], [2, 92]]) and np.allclose(lines[1], [[10, 93], [50, 92]])
     assert np.allclose(lines[2], [[0, 30], [2, 31]]) and np.allclose(lines[3], [[10, 32], [50, 31]])
 
 
-def test_judge_is_kept_and_asked_for(copy_of_project, data_dir, tmp_path):
-    words = ['python3', copy_of_project / 'p5_conditional.py', '--train', '--data_dir', data_dir]
+def test_judge_is_asked_for(copy_of_project, data_dir):
+    words = ['python3', copy_of_project / 'p5_diffusion.py', '--train', '--data_dir', data_dir]
     assert_one_line(run(words), 'target_seed0.pth', 'p3_dann.py --train')
 
 
 def test_attribute_of_a_resumed_run(data_dir, tmp_path):
-    """It is the one of its start, whatever the default; another one that is given is refused."""
-    flags = ['--method', 'acgan', '--data', 'faces']
-    assert train(data_dir, tmp_path / 'm.pth', '--steps', '3', '--attribute', 'Male', *flags).returncode == 0
-    result = train(data_dir, tmp_path / 'm.pth', '--resume', *flags)
-    assert result.returncode == 0, result.stderr
-    assert_one_line(train(data_dir, tmp_path / 'm.pth', '--resume', '--attribute', 'Smiling', *flags),
-                    '--attribute Male')
-    # without a state, --resume starts a run with the default attribute
-    assert train(data_dir, tmp_path / 's.pth', '--steps', '3', '--resume', *flags).returncode == 0
-    settings = load_checkpoint(str(tmp_path / 's.pth'), 'p5_conditional')['settings']
-    assert settings['attribute'] == 'Smiling' and settings['batch_size'] == 4
+    """Another one than that of its start is refused."""
+    flags = ['--steps', '3', '--data', 'faces', '--attribute']
+    assert train('p6_acgan', data_dir, tmp_path / 'm.pth', *flags, 'Male').returncode == 0
+    assert train('p6_acgan', data_dir, tmp_path / 'm.pth', '--resume', *flags, 'Male').returncode == 0
+    result = train('p6_acgan', data_dir, tmp_path / 'm.pth', '--resume', *flags, 'Smiling')
+    assert_one_line(result, 'attribute Male')
 
 
 @pytest.mark.parametrize('learner', ['generator', 'discriminator'])
@@ -312,43 +260,11 @@ def test_each_net_of_acgan_learns_against_one_that_stays(data_dir, tmp_path, lea
     """A generator alone comes to be called real and of its class; a discriminator alone tells both."""
     rates = dict(generator=(5e-3, 0.0), discriminator=(0.0, 5e-3))[learner]
     ckpt = tmp_path / 'run.pth'
-    result = train(data_dir, ckpt, '--steps', '200', *FLAGS['acgan'],
-                   before=f'program.SAVE_EVERY = 200; program.LEARNING_RATES["acgan"] = {rates}; ')
+    result = train('p6_acgan', data_dir, ckpt, '--steps', '200',
+                   before=f'program.SAVE_EVERY = 200; program.LEARNING_RATES = {rates}; ')
     assert result.returncode == 0, result.stderr
     first, last = [{name: np.mean([record[name] for record in part]) for name in part[0] if name.endswith('loss')}
                    for logged in [records(ckpt, 'train')] for part in (logged[:20], logged[-20:])]
     for name in dict(generator=('generator_loss', 'named_loss'), discriminator=('discriminator_loss', 'naming_loss')
                      )[learner]:
         assert last[name] < 0.9 * first[name], name
-
-
-def test_wrong_flags(tmp_path):
-    rows = [['--out', 'x.png', '--sampling_steps', '0'], ['--out', 'x.png', '--sampling_steps', '491'],
-            ['--out', 'x.png', '--guidance', 'nan'], ['--out', 'x.png', '--guidance', '-1'], ['--train', '--n', '0'],
-            ['--out', 'x.png', '--guidance', '1', '--method', 'acgan'], ['--plot', '--sampling_steps', '5'],
-            ['--train', '--data', 'faces'], ['--train', '--attribute', 'Smiling'], ['--train', '--method', 'gan'], [],
-            ['--plot', '--ckpt', 'x.pth'], ['--plot', '--method', 'acgan'], ['--plot', '--attribute', 'Male']]
-    for flags, (code, stderr) in zip(rows, refusals('p5_conditional', rows, tmp_path)):
-        assert code == 2 and stderr.startswith('p5_conditional.py: error:') and stderr.count('\n') == 1, flags
-    assert os.listdir(str(tmp_path)) == []
-
-
-def test_script_draws_the_reference_picture(tmp_path):
-    """At most two grey levels from the committed picture, in every environment; a row for each digit."""
-    result = run(['bash', os.path.join(ROOT, 'hw3_p5.sh'), 'out.png'], cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    drawn, expected = [np.asarray(Image.open(str(path)).convert('RGB')).astype(int) for path in (
-        tmp_path / 'out.png', os.path.join(ROOT, 'tests', 'reference', 'hw3_p5.png'))]
-    assert drawn.shape == expected.shape == (10 * 30 + 2, 10 * 30 + 2, 3)
-    assert np.abs(drawn - expected).max() <= 2
-
-
-@pytest.mark.parametrize('arguments', [[], ['a.png', 'b.png']])
-def test_usage_of_the_script(tmp_path, arguments):
-    result = run(['bash', os.path.join(ROOT, 'hw3_p5.sh')] + arguments, cwd=tmp_path)
-    assert_one_line(result, 'usage: bash hw3_p5.sh', code=2)
-
-
-def test_output_that_is_no_picture(tmp_path):
-    result = run(['python3', os.path.join(ROOT, 'p5_conditional.py'), '--out', 'x.gif'], cwd=tmp_path)
-    assert_one_line(result, 'x.gif does not end in')

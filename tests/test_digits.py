@@ -1,17 +1,16 @@
 """The digits' data and DANN's maths: oracles by hand, wrong data through the real command line."""
 import math
-import multiprocessing
 import os
+import threading
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, run, write_rows
 
 import p3_dann
 import p4_adda
 from datasets import DigitImages, augment_digits, balanced_rows
 from models import (DigitEncoder, DigitNet, DomainDiscriminator, GradientReversal, cosine_rate, domain_accuracy,
-                    domain_loss, in_processes, predict, with_statistics)
+                    domain_loss, in_threads, predict, with_statistics)
 
 CPU = torch.device('cpu')
 SMALL = dict(channels=[4, 6, 8], dropout=0.5)
@@ -121,20 +120,6 @@ def test_digits_come_sorted_whole_and_with_their_labels(data_dir):
     assert (digits.images[:, 0] == digits.images[:, 2]).all() and digits.images.max() > 200
 
 
-def square(number, offset):
-    if number == 7:
-        raise ValueError('seven')
-    return number ** 2 + offset
-
-
-@pytest.mark.parametrize('count', [1, 2, 5])
-def test_processes_keep_the_order(count):
-    assert list(in_processes(count, square, [3, 1, 2, 9, 4], 1)) == [10, 2, 5, 82, 17]
-    with pytest.raises(ValueError, match='seven'):
-        list(in_processes(count, square, [3, 1, 7, 2], 1))
-    assert multiprocessing.active_children() == []
-
-
 def test_augmentation_keeps_shapes_and_repeats_under_a_seed():
     images = torch.rand(16, 3, 28, 28)
     before = images.clone()
@@ -192,43 +177,6 @@ def test_source_batches_hold_the_classes_in_equal_numbers():
 
 # a student's mistakes, through the real command line ----------------------------------------------
 
-def no_label_column(folder):
-    write_rows(folder + '.csv', ['image_name', 'digit'], [[f'{i:05d}.png', 1] for i in range(40)])
-
-
-def label_of_ten(folder):
-    write_rows(folder + '.csv', ['image_name', 'label'],
-               [[f'{i:05d}.png', 10 if i == 7 else 1] for i in range(40)])
-
-
-def label_in_words(folder):
-    write_rows(folder + '.csv', ['image_name', 'label'],
-               [[f'{i:05d}.png', 'three' if i == 9 else 1] for i in range(40)])
-
-
-def torn_image(folder):
-    with open(os.path.join(folder, '00011.png'), 'r+b') as file:
-        file.truncate(60)
-
-
-def no_folder(folder):
-    os.rename(folder, folder + ' elsewhere')
-
-
-@pytest.mark.parametrize('spoil,words', [
-    (no_label_column, ['usps', 'train.csv', 'no column label']),
-    (label_of_ten, ['usps', 'train.csv', '00007.png']),
-    (label_in_words, ['usps', 'train.csv', '00009.png']),
-    (torn_image, ['usps', '00011.png', 'cannot be read']),
-    (no_folder, ['there is no folder', 'usps'])])
-def test_wrong_data(own_data_dir, tmp_path, spoil, words):
-    spoil(os.path.join(own_data_dir, 'digits', 'usps', 'train'))
-    result = run(['python3', os.path.join(ROOT, 'p3_dann.py'), '--train', '--target', 'mnistm',
-                  '--data_dir', own_data_dir, '--ckpt', tmp_path / 'run.pth', '--steps', '1'])
-    assert_one_line(result, *words)
-    assert not (tmp_path / 'run.pth').exists()
-
-
 def test_conditional_entropy_of_known_predictions():
     """log 10 for no idea, log 2 for one of two, 0 for a certainty; the mean over the images."""
     unsure, sure, half = torch.zeros(10), torch.zeros(10), torch.full((10,), -1e4)
@@ -238,19 +186,23 @@ def test_conditional_entropy_of_known_predictions():
         assert p3_dann.conditional_entropy(torch.stack(logits)).item() == pytest.approx(entropy, abs=1e-6)
 
 
-def test_table_of_runs_is_the_assignments():
-    """Three scenarios, bounds, DANN with and without entropy loss, three seeds; one run a scenario is shipped."""
-    paths = [p3_dann.shipped(target, setting=setting, augment=augment, seed=seed)
-             for target in ('mnistm', 'svhn', 'usps')
-             for setting, augment, _ in p3_dann.ROWS for seed in p3_dann.SEEDS]
-    assert len(set(paths)) == 54
-    shipped = [path for path in paths if os.path.dirname(path).endswith('checkpoints')]
-    assert [os.path.basename(path) for path in shipped] == ['p3_dann_mnistm.pth', 'p3_dann_svhn.pth',
-                                                            'p3_dann_usps.pth']
-
-
 @pytest.mark.parametrize('module', [p3_dann, p4_adda])
 def test_a_short_run_does_not_replace_the_shipped_one(module):
     for name, value in (('steps', 20), ('batch_size', 8), ('seed', 1)):
         path = module.shipped('mnistm', **{name: value})
         assert os.path.dirname(path).endswith(f'checkpoints/{module.PROBLEM[:2]}_runs/usps_mnistm')
+
+
+@pytest.mark.parametrize('threads', [1, 2, 5])
+def test_threads_keep_the_order_and_raise(threads):
+    names = set()
+
+    def square(number):
+        if number == 7:
+            raise ValueError('seven')
+        names.add(threading.current_thread().name)
+        return number ** 2, torch.get_num_threads()
+    results = list(in_threads(square, [3, 1, 2, 9, 4], CPU, threads))
+    assert results == [(9, 1), (1, 1), (4, 1), (81, 1), (16, 1)] and 1 <= len(names) <= threads
+    with pytest.raises(ValueError, match='seven'):
+        list(in_threads(square, [3, 1, 7, 2], CPU, threads))

@@ -221,7 +221,7 @@ def test_held_out_score_is_worse_for_worse_faces(monkeypatch):
     generator = load_net(Generator, os.path.join(ROOT, 'checkpoints', 'p2_gan.pth'), 'p2_gan', cpu)[0]
     judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', cpu)[0]
     monkeypatch.setattr(p2_gan, 'SCORED', 300)
-    images = p2_gan.draw_faces(generator, 300, 5, cpu)
+    images = p2_gan.generate_faces(generator, 300, 5, cpu)
     good = p2_gan.measure(generator, judge, images, cpu)['frechet']
     assert good == p2_gan.measure(generator, judge, images, cpu)['frechet']
     generator.project.weight.data *= 0.7
