@@ -90,7 +90,7 @@ def test_image_is_turned_as_a_viewer_turns_it(tmp_path, turn):
 
 @pytest.mark.parametrize('kind,low,high,black,white', [
     (np.uint16, 0, 255, 0, 255), (np.uint16, 3, 200, 3, 200), (np.uint16, 0, 65535, 0, 255),
-    (np.uint16, 257, 30000, 1, 117), (np.int32, 0, 200, 0, 200), (np.int32, -500, 70000, 0, 255),
+    (np.uint16, 257, 60000, 1, 233), (np.int32, 0, 200, 0, 200), (np.int32, -500, 70000, 0, 255),
     (np.float32, 0, 1, 0, 255), (np.float32, 0, 0.5, 0, 128), (np.float32, -1, 1, 0, 255)])
 def test_values_of_another_range(tmp_path, kind, low, high, black, white):
     """16-bit, 32-bit and float images: 0..255 is kept, larger whole numbers are divided by 257."""
@@ -206,21 +206,13 @@ def test_attribute_that_every_face_has_colours_nothing(own_data_dir, tmp_path, c
 
 # ----------------------------------------------------------------------------------- wrong folders
 
-def cut(path):
-    """Leave the first 300 bytes of a file."""
-    with open(path, 'rb') as file:
-        start = file.read(300)
-    with open(path, 'wb') as file:
-        file.write(start)
-
-
 @pytest.mark.parametrize('spoil,words', [
     (lambda face: os.rename(face + '/train', face + '/elsewhere'), ['there is no folder', 'train', '--data_dir']),
     (lambda face: [os.rename(face + '/train', face + '/x'), os.mkdir(face + '/train')], ['train holds no image']),
     (lambda face: os.remove(face + '/train.csv'), ['there is no', 'train.csv']),
     (lambda face: os.remove(face + '/train/00007.png'), ['train.csv', '00007.png', 'add the image']),
     (lambda face: Image.new('L', (8, 8)).save(face + '/train/x.jpg'), ['train.csv', 'x.jpg', 'add the row']),
-    (lambda face: cut(face + '/train/00005.png'), ['00005.png', 'cannot be read as an image']),
+    (lambda face: os.truncate(face + '/train/00005.png', 300), ['00005.png', 'cannot be read as an image']),
     (lambda face: os.symlink('/nowhere.png', face + '/train/x.png') or write_rows(
         face + '/train.csv', ['image_name'], [[name] for name in os.listdir(face + '/train')]), ['x.png', 'No such'])])
 def test_wrong_data(own_data_dir, tmp_path, capsys, spoil, words):
@@ -277,6 +269,12 @@ def test_grid_places_every_image():
     assert grid.shape == (2 * 6 + 2, 3 * 7 + 2, 3) and grid.dtype == np.uint8
     assert [grid[2 + 6 * row, 2 + 7 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 255]
     assert (grid[:2] == 255).all() and (grid[:, :2] == 255).all() and (grid[6:8] == 255).all()
+
+
+def test_output_must_not_be_a_device():
+    """os.replace would make it a plain file."""
+    with pytest.raises(UserError, match='/dev/null is a folder or a device'):
+        datasets.check_output('/dev/null')
 
 
 def test_output_is_whole_or_untouched(tmp_path):
