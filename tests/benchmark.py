@@ -1,4 +1,4 @@
-"""Measurements that are too long for CI; each prints its results and writes its log into checkpoints/.
+"""Measurements that are too long for CI; each prints and writes its log into checkpoints/.
 
     python3 tests/benchmark.py linear_code --data_dir hw3_data     the yardstick of problem 1
     python3 tests/benchmark.py scripts --data_dir hw3_data         wall time and memory of hw3_pN.sh
@@ -9,7 +9,6 @@
     python3 tests/benchmark.py conditional --data_dir hw3_data     digits and faces of problems 5 and 6
 """
 import argparse
-import json
 import os
 import random
 import re
@@ -30,13 +29,19 @@ import p1_vae                                                                   
 import p2_gan                                                                       # noqa: E402
 import p5_diffusion                                                                 # noqa: E402
 import p6_acgan                                                                     # noqa: E402
-from datasets import (FACE_SIZE, FaceImages, list_images, make_grid, read_digits, read_images,           # noqa: E402
-                      save_picture, save_single_images, split_held_out, to_float)
-from models import (CHECKPOINTS, VAE, ClassGenerator, DigitNet, UNet, accuracy, digit_features,          # noqa: E402
-                    frechet_distance, load_checkpoint, load_net, measure_generated, read_log, sha256, write_log)
+from datasets import (FaceImages, list_images, make_grid, read_digits, save_picture, save_single_images,     # noqa: E402
+                      split_held_out, to_float)
+from models import (CHECKPOINTS, VAE, ClassGenerator, DigitNet, Generator, UNet, accuracy, digit_features,   # noqa: E402
+                    frechet_distance, load_net, measure_generated, read_log, sha256, write_log)
 
 CPU = torch.device('cpu')
 DIGITS = 26032             # images of SVHN's test set
+RULE = ('a face is clearly broken if an eye, the nose or the mouth is missing, doubled or out of its place, or if the '
+        'outline of the head is torn; the reader sees 32 faces of each at double size, under letters, and does not '
+        'know which is which')
+# of diffusion: steps of sampling and weight of the guidance, one of them the default
+SETTINGS = [(p5_diffusion.SAMPLING_STEPS, guidance) for guidance in (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)] + [
+    (steps, p5_diffusion.GUIDANCE) for steps in (5, 10, 20, 100)]
 
 
 def linear_code(args):
@@ -51,13 +56,11 @@ def linear_code(args):
     from sklearn.decomposition import PCA
     training = to_float(FaceImages(args.data_dir, 'train').images).flatten(1).numpy()
     test = to_float(FaceImages(args.data_dir, 'test').images).flatten(1).numpy()
-    pixels = training.shape[1]
     pca = PCA(n_components=500, svd_solver='randomized', random_state=0).fit(training)
     variances, total = pca.explained_variance_, training.var(0).sum()
     scores = pca.transform(test)
     rest = ((test - pca.mean_) ** 2).sum(1).mean() - (scores ** 2).sum(1).mean()
     records = []
-    print('  theta  nats    MSE   | test faces: KL  MSE decoded from the mean')
     for theta in np.geomspace(8, 0.1, 40):
         kept = variances > theta
         s, x = variances[kept], scores[:, kept]
@@ -65,12 +68,10 @@ def linear_code(args):
         error = ((x * theta / s) ** 2).sum(1).mean() + (scores[:, ~kept] ** 2).sum(1).mean() + rest
         kl = 0.5 * (shrink * x ** 2 / s + theta / s - 1 - np.log(theta / s)).sum(1).mean()
         records.append(dict(
-            kind='linear_code', theta=theta, components=int(kept.sum()),
-            rate=float(0.5 * np.log(s / theta).sum()),
-            distortion=float((theta * kept.sum() + total - s.sum()) / pixels),
-            test_kl=float(kl), test_mse=float(error / pixels)))
-        print('{theta:7.3f} {rate:5.1f}  {distortion:.5f} |       {test_kl:5.1f}  {test_mse:.5f}'
-              .format(**records[-1]))
+            kind='linear_code', theta=theta, components=int(kept.sum()), rate=float(0.5 * np.log(s / theta).sum()),
+            distortion=float((theta * kept.sum() + total - s.sum()) / training.shape[1]),
+            test_kl=float(kl), test_mse=float(error / training.shape[1])))
+        print(records[-1])
     write_log(os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl'), records)
 
 
@@ -79,8 +80,7 @@ def timed(command, **environment):
     code = ('import os, resource, subprocess, sys, time\n'
             'start = time.perf_counter()\n'
             'subprocess.check_call(sys.argv[1:])\n'
-            'print(time.perf_counter() - start,'
-            ' resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)')
+            'print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)')
     variables = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
     output = subprocess.check_output([sys.executable, '-c', code] + command, env=dict(variables, **environment))
     seconds, megabytes = output.decode().split()[-2:]
@@ -102,41 +102,33 @@ def scripts(args):
         names = list_images(real)
         for index in range(DIGITS):
             os.symlink(os.path.join(real, names[index % len(names)]), os.path.join(digits, f'{index:05d}.png'))
-        label = ['python3', os.path.join(ROOT, 'p3_dann.py'), '--images', digits, '--target', 'svhn', '--out',
-                 os.path.join(folder, 'one.csv')]
-        one_thread, all_threads = [min(timed(label, **environment)[0] for _ in range(2))
-                                   for environment in (dict(OMP_NUM_THREADS='1'), {})]
+        png, csv = [os.path.join(folder, name) for name in ('out.png', 'out.csv')]
+        label = ['python3', os.path.join(ROOT, 'p3_dann.py'), '--images', digits, '--target', 'svhn', '--out', csv]
+        seconds = [(timed(label, OMP_NUM_THREADS='1')[0], timed(label)[0]) for _ in range(2)]
+        one_thread, all_threads = [min(runs) for runs in zip(*seconds)]
         threads = dict(cores=len(os.sched_getaffinity(0)), one_thread_seconds=one_thread,
                        threads_ratio=one_thread / all_threads)
         records = []
-        for script, images, words in (('hw3_p1.sh', 32, ['out.png']), ('hw3_p2.sh', 32, ['out.png']),
-                                      ('hw3_p3.sh', DIGITS, [digits, 'svhn', 'out.csv']),
-                                      ('hw3_p4.sh', DIGITS, [digits, 'svhn', 'out.csv']),
-                                      ('hw3_p5.sh', 100, ['out.png'])):
-            words[-1] = os.path.join(folder, words[-1])
+        for script, images, words in (
+                ('hw3_p1.sh', 32, [png]), ('hw3_p2.sh', 32, [png]), ('hw3_p3.sh', DIGITS, [digits, 'svhn', csv]),
+                ('hw3_p4.sh', DIGITS, [digits, 'svhn', csv]), ('hw3_p5.sh', 100, [png])):
             runs = [timed(['bash', os.path.join(ROOT, script)] + words) for _ in range(3)]
             records.append(dict(threads if script == 'hw3_p3.sh' else {}, kind='script', script=script,
                                 seconds=min(runs)[0], megabytes=max(run[1] for run in runs),
                                 import_seconds=import_seconds, images=images, torch=version))
-            print('{script}: {seconds:.2f} s for {images:,} images, of which importing torch {import_seconds:.2f} s; '
-                  'at most {megabytes:.0f} MB (torch {torch})'.format(**records[-1]), flush=True)
-    print('p3_dann.py in one thread {one_thread_seconds:.2f} s, {threads_ratio:.2f} times as long as with {cores} '
-          'cores'.format(**threads))
+            print(records[-1], flush=True)
     path = os.path.join(CHECKPOINTS, 'benchmark_scripts.jsonl')
-    if os.path.exists(path):               # one record for each torch that was measured
-        records += [record for record in read_log(path) if record['torch'] != version]
+    # one record for each torch that was measured
+    records += [record for record in read_log(path) if record['torch'] != version]
     write_log(path, records)
 
 
-def dlib_score(args, generated, real):
-    """Return the scorer's line for 1,000 images of each folder, and its four numbers as texts."""
-    line = subprocess.check_output([args.python, args.scorer, generated, real, '--n', '1000']).decode().strip()
-    return line, re.fullmatch(r'n (\d+)  clear ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)', line).groups()
-
-
-def script_of(name):
-    """Return the script that draws the faces of a checkpoint: p1_vae, p1_lambda/2e-5, p2_gan, p2_methods/r1, ..."""
-    return {'p1': p1_vae, 'p2': p2_gan}[name[:2]]
+def generate_faces(name, count):
+    """Return count faces (count, 3, 64, 64) uint8 of checkpoints/name.pth, a VAE or a GAN, its path and its content."""
+    ckpt = os.path.join(CHECKPOINTS, name + '.pth')
+    script, kind = (p1_vae, VAE) if name.startswith('p1') else (p2_gan, Generator)
+    net, checkpoint = load_net(kind, ckpt, script.PROBLEM, CPU)
+    return script.generate_faces(net, count, 0, CPU), ckpt, checkpoint
 
 
 def samples(args):
@@ -149,51 +141,41 @@ def samples(args):
     are training faces, from the held-out faces).  A name that was not given keeps its record; eight faces of
     each lie beside it for table2.  The scores of p1_lambda/... have a file of their own, and no faces.
     """
-    real, judge = os.path.join(args.data_dir, 'face'), load_net(VAE, p2_gan.JUDGE, 'p1_vae', CPU)[0]
+    judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', CPU)[0]
     faces = FaceImages(args.data_dir, 'train').images
     train_rows, val_rows = split_held_out(len(faces))
     training = p2_gan.latent_means(judge, torch.cat([faces[train_rows], faces[train_rows].flip(3)]), CPU)
     held_out = p2_gan.latent_means(judge, faces[val_rows], CPU)
     for name in args.names or ['p1_vae', 'p2_gan', 'real']:
-        record = dict(kind='samples', what=name, label='training faces', images=0)
+        images, record = faces[train_rows[:1000]], dict(kind='samples', what=name, label='training faces', images=0)
         path = p1_vae.SAMPLES if name.startswith('p1_lambda/') else p2_gan.SAMPLES
-        with tempfile.TemporaryDirectory() as folder:
-            generated = os.path.join(folder, 'faces')
-            if name == 'real':
-                save_single_images(generated, faces[train_rows[:1000]])
+        if name != 'real':
+            images, ckpt, checkpoint = generate_faces(name, 1000)
+            settings = checkpoint['settings']
+            record.update(sha256=sha256(ckpt), images=settings['steps'] * settings['batch_size'],
+                          chosen_step=checkpoint['step'], label='VAE of problem 1')
+            if name.startswith('p1'):
+                record['lambda_kl'] = settings['lambda_kl']
             else:
-                ckpt, script = os.path.join(CHECKPOINTS, name + '.pth'), script_of(name)
-                subprocess.check_call([sys.executable, script.__file__, '--ckpt', ckpt, '--out', generated, '--n',
-                                       '1000'])
-                checkpoint = load_checkpoint(ckpt, script.PROBLEM)
-                settings = checkpoint['settings']
-                record.update(sha256=sha256(ckpt), images=settings['steps'] * settings['batch_size'],
-                              chosen_step=checkpoint['step'], label='VAE of problem 1')
-                if script is p1_vae:
-                    record['lambda_kl'] = settings['lambda_kl']
-                else:
-                    record['label'] = settings['method'] + (', shipped' if name == 'p2_gan' else '')
-            line, numbers = dlib_score(args, generated, os.path.join(real, 'test'))
-            images = read_images(generated, list_images(generated), FACE_SIZE)
+                record['label'] = settings['method'] + (', shipped' if name == 'p2_gan' else '')
+        with tempfile.TemporaryDirectory() as folder:
+            save_single_images(os.path.join(folder, 'faces'), images)
+            line = subprocess.check_output([args.python, args.scorer, os.path.join(folder, 'faces'), os.path.join(
+                args.data_dir, 'face', 'test'), '--n', '1000']).decode().strip()
+        n, *scores = re.fullmatch(r'n (\d+)  clear ([\d.]+)  frechet ([\d.]+)  nearest ([\d.]+)', line).groups()
         means = p2_gan.latent_means(judge, images, CPU)
         distances = torch.cdist(held_out if name == 'real' else means, training).min(1)[0].numpy()
-        record.update(zip(('clear', 'frechet', 'nearest'), map(float, numbers[1:])), n=int(numbers[0]),
+        record.update(zip(('clear', 'frechet', 'nearest'), map(float, scores)), n=int(n),
                       own=frechet_distance(means, held_out), copied=float(distances.mean()),
                       copied_least=float(np.percentile(distances, 1)))
         if name != 'real' and path == p2_gan.SAMPLES:                  # no image of the data set is kept here
             record['picture'] = 'samples/{}_{}.png'.format(name.replace('/', '_'), record['images'])
             save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
-        print('{what}: {line}, own {own:.2f}, copied {copied:.2f}, its lowest percentile {copied_least:.2f}'.format(
-            line=line, **record), flush=True)
+        print(record, flush=True)
         # read again: another scoring may have run beside this one
-        records = [old for old in (read_log(path) if os.path.exists(path) else [])
+        records = [old for old in read_log(path)
                    if old['what'] != name or '/' in name and old['images'] != record['images']]
         write_log(path, sorted(records + [record], key=lambda record: (record['what'], record['images'])))
-
-
-RULE = ('a face is clearly broken if an eye, the nose or the mouth is missing, doubled or out of its place, or if the '
-        'outline of the head is torn; the reader sees 32 faces of each at double size, under letters, and does not '
-        'know which is which')
 
 
 def strips(args):
@@ -205,36 +187,28 @@ def strips(args):
     random.shuffle(names)
     os.makedirs(args.strips)
     for letter, name in zip(string.ascii_uppercase, names):
-        key[letter], path = dict(what=name), os.path.join(args.strips, letter + '.png')
+        key[letter] = dict(what=name)
         if name == 'real':
             test = FaceImages(args.data_dir, 'test').images
-            rows = np.random.RandomState(0).choice(len(test), 32, replace=False)
-            save_picture(path, make_grid(test[torch.from_numpy(rows)], 8))
+            images = test[torch.from_numpy(np.random.RandomState(0).choice(len(test), 32, replace=False))]
         else:
-            ckpt = os.path.join(CHECKPOINTS, name + '.pth')
+            images, ckpt, _ = generate_faces(name, 32)
             key[letter]['sha256'] = sha256(ckpt)
-            subprocess.check_call([sys.executable, script_of(name).__file__, '--out', path, '--ckpt', ckpt])
-        with Image.open(path) as picture:
-            enlarged = picture.resize([2 * side for side in picture.size], Image.BICUBIC)
-        enlarged.save(path)
-    with open(args.strips + '.key', 'w') as file:
-        json.dump(key, file)
+        picture = Image.fromarray(make_grid(images, 8))
+        picture.resize([2 * side for side in picture.size], Image.BICUBIC).save(
+            os.path.join(args.strips, letter + '.png'))
+    write_log(args.strips + '.key', [key])
 
 
 def count(args):
     """Log how many of the 32 faces of each letter a reader called broken: count A=3 B=7 --strips FOLDER."""
-    with open(args.strips + '.key') as file:
-        key = json.load(file)
-    records = read_log(p2_gan.COUNTS) if os.path.exists(p2_gan.COUNTS) else []
+    key, = read_log(args.strips + '.key')
+    records = read_log(p2_gan.COUNTS)
     for letter, broken in [word.split('=') for word in args.names]:
         records = [old for old in records if old.get('sha256') != key[letter].get('sha256')]
         records.append(dict(key[letter], kind='count', broken=int(broken), faces=32, date=time.strftime('%Y-%m-%d'),
                             rule=RULE))
     write_log(p2_gan.COUNTS, sorted(records, key=lambda record: record['what']))
-
-
-GUIDANCES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)     # with the default number of sampling steps
-SAMPLINGS = (5, 10, 20, 50, 100)       # sampling steps, with the default guidance
 
 
 def conditional(args):
@@ -262,24 +236,21 @@ def conditional(args):
         accuracy=accuracy(judge, test.images, test.labels, CPU),
         frechet=frechet_distance(some, digit_features(judge, test.images, CPU)), **nearest(features[val_rows]))]
     records.append(conditional_faces(args.data_dir))
-    default_steps, default_guidance = p5_diffusion.SAMPLING_STEPS, p5_diffusion.GUIDANCE
     ckpts = dict(diffusion=p5_diffusion.CKPT, acgan=p6_acgan.shipped('digits', ''))
     unet = load_net(UNet, ckpts['diffusion'], p5_diffusion.PROBLEM, CPU)[0]
     generator = load_net(ClassGenerator, ckpts['acgan'], p6_acgan.PROBLEM, CPU)[0]
-    for what, sampling_steps, guidance in (
-            [('acgan', '', '')] + [('diffusion', default_steps, guidance) for guidance in GUIDANCES]
-            + [('diffusion', steps, default_guidance) for steps in SAMPLINGS if steps != default_steps]):
+    for what, steps, guidance in [('acgan', '', '')] + [('diffusion', *setting) for setting in SETTINGS]:
         start = time.time()
         if what == 'acgan':
             generated = p6_acgan.generate_images(generator, p6_acgan.SCORED, 0, CPU)
         else:
-            generated = p5_diffusion.generate_digits(unet, p5_diffusion.SCORED, 0, CPU, sampling_steps, guidance)
-        speed = generated.shape[0] * generated.shape[1] / (time.time() - start)
-        images, asked = generated.flatten(0, 1), torch.arange(10).repeat(len(generated))
+            generated = p5_diffusion.generate_digits(unet, p5_diffusion.SCORED, 0, CPU, steps, guidance)
+        speed = 10 * len(generated) / (time.time() - start)
         records.append(dict(
             kind='digits', what=what, label='ACGAN' if what == 'acgan' else what, sha256=sha256(ckpts[what]),
-            sampling_steps=sampling_steps, guidance=guidance, images_per_second=speed, cores=os.cpu_count(),
-            **measure_generated(images, asked, judge, test.images, CPU), **nearest(digit_features(judge, images, CPU))))
+            sampling_steps=steps, guidance=guidance, images_per_second=speed, cores=os.cpu_count(),
+            **measure_generated(generated, judge, test.images, CPU),
+            **nearest(digit_features(judge, generated.flatten(0, 1), CPU))))
         print(records[-1], flush=True)
     write_log(p5_diffusion.SCORES, records)
 
@@ -287,10 +258,9 @@ def conditional(args):
 def conditional_faces(data_dir):
     """Score the faces of ACGAN: how often a linear classifier reads the attribute that was asked for."""
     from sklearn.linear_model import LogisticRegression
-    attribute = p6_acgan.DEFAULTS['attribute']
+    attribute, judge = p6_acgan.DEFAULTS['attribute'], load_net(VAE, p2_gan.JUDGE, 'p1_vae', CPU)[0]
     ckpt = p6_acgan.shipped('faces', attribute)
     generator = load_net(ClassGenerator, ckpt, p6_acgan.PROBLEM, CPU)[0]
-    judge = load_net(VAE, p2_gan.JUDGE, 'p1_vae', CPU)[0]
     faces, test = [FaceImages(data_dir, split) for split in ('train', 'test')]
     generated = p6_acgan.generate_images(generator, 500, 0, CPU).flatten(0, 1)
     train_means, test_means, means = [p2_gan.latent_means(judge, images, CPU).numpy()
