@@ -322,8 +322,13 @@ def check_output(path, endings=None):
         raise UserError(f'{path} does not end in {", ".join(endings[:-1])} or {endings[-1]}: name such a file')
     if not endings and path.lower().endswith(IMAGE_ENDINGS + ('.pth',)):
         raise UserError(f'{path} has the name of an image or a checkpoint: name a CSV file')
+    check_parent(path)
+
+
+def check_parent(path):
+    """Raise UserError unless something can be written at path, whose missing folders are made later."""
     folder = os.path.dirname(os.path.realpath(path))
-    while not os.path.exists(folder):      # what is missing is made later
+    while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f'cannot write {path} ({folder} is no folder or must not be changed): choose another place')
@@ -335,6 +340,7 @@ def check_new_folder(folder):
         raise UserError(f'{folder} has the name of a picture: single images need the name of a new folder')
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise UserError(f'{folder} exists and is no empty folder: name a new one for the images')
+    check_parent(folder)
 
 
 def write_whole(path, write):

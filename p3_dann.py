@@ -157,8 +157,8 @@ def train_run(run, data_dir):
             ramp = ramp_at(step, run.last_step)
             with run.autocast():
                 target_features = net.encoder(target_x)
-                source_domain, target_domain = [discriminator(GradientReversal.apply(x, REVERSAL * ramp))
-                                                for x in (features, target_features)]
+                source_domain, target_domain = [discriminator(GradientReversal.apply(part, REVERSAL * ramp))
+                                                for part in (features, target_features)]
             domain = domain_loss(source_domain.float(), target_domain.float())
             loss = loss + domain
             scalars.update(domain_loss=domain.detach(), domain_accuracy=domain_accuracy(source_domain, target_domain),

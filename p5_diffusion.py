@@ -182,8 +182,9 @@ def train(args):
 
 def infer(args):
     """Draw digits: a row for each class in one picture at --out, or single images in the folder --out."""
-    # whatever ends in letters, as .png or .gif, is to be a file
-    single = not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha()
+    # a new name that ends in letters, as .png or .gif, is to be a file
+    single = (os.path.isdir(args.out) and not args.out.lower().endswith(PICTURE_ENDINGS)
+              or not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha())
     if single:
         check_new_folder(args.out)
     else:

@@ -301,7 +301,7 @@ def trainings(results):
             ('python3 p4_adda.py --train', 'the three nets of problem 4', shipped_adda),
             ('python3 p5_diffusion.py --train', 'the diffusion model', [log_of(p5_diffusion.CKPT)]),
             ('bash report/train_tables.sh', 'all runs of problems 3 and 4', asked),
-            ('bash report/train_tables.sh', 'and those of three more pairs of domains', others)):
+            ('bash report/train_tables.sh', 'those of three more pairs of domains', others)):
         minutes = sum(map(minutes_of, logs))
         took = f'{rounded(minutes, 0)} minutes'
         if len(logs) > len(SOURCE_OF):
@@ -377,9 +377,13 @@ def write_pdf(path, texts):
     except ImportError:
         raise UserError('typst is not installed: pip install typst==0.15.2') from None
 
-    write_whole(path, lambda temporary: typst.compile(
-        os.path.join(ROOT, 'report', 'report.typ'), output=temporary, root=ROOT, ignore_system_fonts=True,
-        sys_inputs=dict(values=json.dumps(texts))))
+    try:
+        write_whole(path, lambda temporary: typst.compile(
+            os.path.join(ROOT, 'report', 'report.typ'), output=temporary, root=ROOT, ignore_system_fonts=True,
+            sys_inputs=dict(values=json.dumps(texts))))
+    except typst.TypstError as error:
+        raise UserError(f'report.typ does not compile ({error}): if a figure is missing, let the --plot of its problem '
+                        'draw it') from error
 
 
 def build(args):

@@ -115,6 +115,12 @@ def test_single_images(program, tmp_path, capsys):
     if program is not p5_diffusion:
         code, line = refusal(capsys, program, *words, '--out', tmp_path / 'two.png', '--n', 2)
         assert code == 1 and 'two.png has the name of a picture' in line and not (tmp_path / 'two.png').exists()
+    (tmp_path / 'tmp.AbCd').mkdir()        # whatever its name, as mktemp -d makes it
+    call(program, *words, '--out', tmp_path / 'tmp.AbCd', '--n', 1)
+    assert len(os.listdir(str(tmp_path / 'tmp.AbCd'))) == len(names) / 3
+    (tmp_path / 'file').write_text('')
+    code, line = refusal(capsys, program, *words, '--out', tmp_path / 'file' / 'faces', '--n', 2, '--ckpt', 'none.pth')
+    assert code == 1 and 'cannot write' in line        # before the checkpoint is looked for
     call(program, *words, '--out', tmp_path / 'x.jpg', '--seed', 1)
     assert Image.open(str(tmp_path / 'x.jpg')).format == 'JPEG'
     assert np.abs(pixels(tmp_path / 'x.jpg') - grid).mean() > 4
