@@ -119,7 +119,7 @@ def gan_weights(module):
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm2d) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
@@ -316,49 +316,84 @@ class UNet(nn.Module):
         return self.end(x)
 
 
-class ClassGenerator(nn.Module):
+class ClassNorm(nn.Module):
+    """Batch norm whose scale and shift belong to the class: (N, channels, H, W) and labels (N,) -> the same shape.
+
+    Source: de Vries et al. 2017 (arXiv 1707.00683), with a vector for each class as in Miyato and Koyama 2018
+    (arXiv 1802.05637).
+    """
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.scale_and_shift = nn.Embedding(classes, 2 * channels)
+        nn.init.zeros_(self.scale_and_shift.weight)
+
+    def forward(self, x, labels):
+        x = self.norm(x)
+        scale, shift = self.scale_and_shift(labels).to(x.dtype).unsqueeze(2).unsqueeze(3).chunk(2, 1)
+        return x * (1 + scale) + shift
+
+
+class DigitGenerator(nn.Module):
     """Noise (N, latent_dim) and labels (N,) -> (N, 3, size, size) float in [-1, 1].
 
-    The label's embedding multiplies the noise.  channels are those at size / 2, size / 4, ... pixels.
+    The label stands beside the noise and chooses the norms.  channels are those at size, size / 2, ... pixels.
+    Upsampling repeats pixels, which leaves no grain as a transposed convolution does (Odena et al. 2016,
+    https://distill.pub/2016/deconv-checkerboard).
     """
 
     def __init__(self, latent_dim, classes, channels, size):
         super().__init__()
         channels = list(channels)[::-1]
-        self.start, self.channels = size >> len(channels), channels[0]
-        self.label = nn.Embedding(classes, latent_dim)
-        self.project = nn.Linear(latent_dim, self.channels * self.start ** 2, bias=False)
-        layers = []
-        for before, after in zip(channels, channels[1:]):
-            layers += [nn.BatchNorm2d(before), nn.ReLU(),
-                       nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False)]
-        self.layers = nn.Sequential(
-            *layers, nn.BatchNorm2d(channels[-1]), nn.ReLU(),
-            nn.ConvTranspose2d(channels[-1], 3, kernel_size=4, stride=2, padding=1), nn.Tanh())
+        self.latent_dim, self.classes, self.channels = latent_dim, classes, channels[0]
+        self.start = size >> (len(channels) - 1)
+        self.project = nn.Linear(latent_dim + classes, self.channels * self.start ** 2, bias=False)
+        self.norms = nn.ModuleList([ClassNorm(count, classes) for count in channels])
+        self.convs = nn.ModuleList([nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
+                                    for before, after in zip(channels, channels[1:])])
+        self.end = nn.Conv2d(channels[-1], 3, kernel_size=3, padding=1)
         self.apply(gan_weights)
 
     def forward(self, z, labels):
-        x = self.project(z * self.label(labels))
-        return self.layers(x.view(-1, self.channels, self.start, self.start))
+        x = self.project(beside(z, labels, self.classes)).view(-1, self.channels, self.start, self.start)
+        for norm, conv in zip(self.norms, self.convs):
+            x = conv(F.interpolate(F.relu(norm(x, labels)), scale_factor=2, mode='nearest'))
+        return torch.tanh(self.end(F.relu(self.norms[-1](x, labels))))
+
+
+class FaceGenerator(Generator):
+    """Noise (N, latent_dim) and labels (N,) -> (N, 3, 64, 64) float in [-1, 1]: Generator with the label beside z."""
+
+    def __init__(self, latent_dim, classes, channels):
+        super().__init__(latent_dim + classes, channels)
+        self.latent_dim, self.classes = latent_dim, classes
+
+    def forward(self, z, labels):
+        return super().forward(beside(z, labels, self.classes))
+
+
+def beside(z, labels, classes):
+    """Return noise (N, latent_dim) with the one-hot labels behind it: (N, latent_dim + classes)."""
+    return torch.cat([z, F.one_hot(labels, classes).to(z.dtype)], 1)
 
 
 class ClassDiscriminator(nn.Module):
     """(N, 3, size, size) float in [-1, 1] -> scores (N,), high for real images, and logits (N, classes).
 
-    Spectral norm in every layer (Miyato et al. 2018).  channels are those at size / 2, size / 4, ... pixels.
+    channels are those at size, size / 2, size / 4, ... pixels, rounded up.
     """
 
     def __init__(self, classes, channels, size):
         super().__init__()
-        spectral_norm = nn.utils.spectral_norm
-        layers, before = [], 3
-        for after in channels:
-            layers += [spectral_norm(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
-            before = after
+        layers = [nn.Conv2d(3, channels[0], kernel_size=3, padding=1), nn.LeakyReLU(0.2)]
+        for before, after in zip(channels, channels[1:]):
+            layers += [nn.Conv2d(before, after, kernel_size=4 - size % 2, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            size = (size + 1) // 2
         self.layers = nn.Sequential(*layers)
-        features = channels[-1] * (size >> len(channels)) ** 2
-        self.score = spectral_norm(nn.Linear(features, 1))
-        self.classify = spectral_norm(nn.Linear(features, classes))
+        self.score = nn.Linear(channels[-1] * size ** 2, 1)
+        self.classify = nn.Linear(channels[-1] * size ** 2, classes)
+        self.apply(gan_weights)
 
     def forward(self, x):
         features = self.layers(x).flatten(1)
@@ -424,6 +459,11 @@ def on_device(images, device):
 def cosine_rate(step, steps, peak, warm_up):
     """Learning rate at a step, counted from 1: linear warm-up, then half a cosine from peak down to 0."""
     return peak * min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+def falling_rate(step, steps, peak, falling):
+    """Learning rate at a step, counted from 1: peak, and over the last share falling of the steps linearly to 0."""
+    return peak * min(1.0, (steps - step + 1) / (steps * falling))
 
 
 def take_step(optimizer, loss, learning_rate, max_norm=None):

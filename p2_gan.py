@@ -38,8 +38,8 @@ from datasets import (PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, 
                       new_parser, number_between, parse_shared, random_flip, read_image, run_command, save_picture,
                       save_single_images, split_held_out, to_float, to_uint8, to_unit, write_text)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, default_path,
-                    frechet_distance, load_net, on_device, pick_device, read_log, run_batches, sha256, take_step,
-                    update_average)
+                    falling_rate, frechet_distance, load_net, on_device, pick_device, read_log, run_batches, sha256,
+                    take_step, update_average)
 from report import figures
 
 PROBLEM = 'p2_gan'
@@ -137,11 +137,6 @@ def gradient_penalty(method, score, real, fake, rng):
     return (squares ** 3 if method == 'wgan_div' else ((squares + 1e-12).sqrt() - 1) ** 2).mean()
 
 
-def falling_rate(step, steps, peak):
-    """Learning rate at a step, counted from 1: peak, and over the last FALLING of the steps linearly down to 0."""
-    return peak * min(1.0, (steps - step + 1) / (steps * FALLING))
-
-
 def augment(images, strength, rng):
     """Change colours, place and a square of each of (N, 3, H, W) images in [-1, 1], differentiably.
 
@@ -235,7 +230,7 @@ def train(args):
         x = on_device(random_flip(2 * to_float(training[rows].to(device)) - 1, rng), device)
         noise = torch.randn(run.batch_size, NET['latent_dim'], generator=rng).to(device)
         # update: discriminator, on augmented real and generated images
-        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak) for peak in rates]
+        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING) for peak in rates]
         with torch.set_grad_enabled(trains_generator), run.autocast():
             generated = generator(noise)
         real, fake = [augment(images, strength, rng) for images in (x, generated.detach().float())]

@@ -1,10 +1,11 @@
 """Problem 6, an extra: an ACGAN that draws the digit, or the face, that is asked for.
 
-A generator and a discriminator that also says the class (Odena et al. 2017, arXiv 1610.09585), with spectral norm
-(Miyato et al. 2018, arXiv 1802.05957).  It draws MNIST-M's digits (--data digits), or faces without and with an
-attribute (--data faces), and then trains on smaller batches.  Differences from the paper: the generator multiplies
-the noise by the label's embedding and has the non-saturating loss, and an average of its weights over the training
-steps (EMA) is kept.
+A generator and a discriminator that also says the class (Odena et al. 2017, arXiv 1610.09585).  It draws MNIST-M's
+digits (--data digits), or faces without and with an attribute (--data faces).  Differences from the paper: the
+discriminator learns the class from real images alone (--generated_class_weight 1 brings the paper's loss back); R1
+penalty (Mescheder et al. 2018, arXiv 1801.04406) at every 16th step; the generator has the non-saturating loss, and
+the label beside the noise; an average of its weights over the updates (EMA) is kept; and the generator of faces
+starts from that of problem 2.
 
     python3 p6_acgan.py --out digits.png               draw ten digits of each class
     python3 p6_acgan.py --data faces --out faces.png   draw ten pairs of faces of the same noise
@@ -25,59 +26,88 @@ from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_
                       data_checksum, make_grid, new_parser, number_between, parse_shared, random_flip, read_digits,
                       run_command, save_picture, save_single_images, split_held_out, to_float, to_uint8, to_unit,
                       write_text)
-from models import (CHECKPOINTS, ClassDiscriminator, ClassGenerator, DigitNet, Run, base_of, check_scores, cosine_rate,
-                    default_path, load_net, measure_generated, on_device, pick_device, read_log, repeatable,
-                    run_batches, sha256, take_step, update_average)
+from models import (CHECKPOINTS, ClassDiscriminator, DigitGenerator, DigitNet, FaceGenerator, Generator, Run, base_of,
+                    check_scores, default_path, falling_rate, load_net, measure_generated, on_device, pick_device,
+                    read_log, repeatable, run_batches, sha256, take_step, update_average)
 from report import figures
 
 PROBLEM = 'p6_acgan'
 
-# nets: channels at a half, a quarter, ... of the pixels
+# nets: channels at all, a half, a quarter, ... of the pixels; of the generator of faces without the first
+GENERATORS = dict(digits=DigitGenerator, faces=FaceGenerator)
 GENERATOR = dict(
-    digits=dict(latent_dim=64, channels=[64, 128], size=28, classes=10),
-    faces=dict(latent_dim=128, channels=[48, 96, 192, 384], size=64, classes=2))
-DISCRIMINATOR_CHANNELS = dict(digits=[64, 128], faces=[64, 128, 256, 512])
+    digits=dict(latent_dim=64, classes=10, channels=[32, 64, 128], size=28),
+    faces=dict(latent_dim=128, classes=2, channels=[64, 128, 256, 512]))           # as problem 2
+DISCRIMINATOR = dict(
+    digits=dict(classes=10, channels=[32, 64, 128, 256], size=28),
+    faces=dict(classes=2, channels=[32, 64, 128, 256, 512], size=64))
 
 # training
 DEFAULTS = dict(
-    steps=10000,             # of one batch each
-    batch_size=128,          # images; of faces FACES_IN_BATCH
+    steps=24000,             # of one batch each; of faces FACES['steps']
+    batch_size=64,           # images; of faces FACES['batch_size']
     seed=0,
     data='digits',           # or faces
-    attribute='Smiling')     # of faces: the second of the two classes has it
-FACES_IN_BATCH = 32
-LEARNING_RATES = (2e-4, 4e-4)    # of Adam, at the peak, of G and of D
-BETAS = (0.5, 0.999)
-LEARNING_RATE_WARM_UP = 200  # steps
-AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
+    attribute='Smiling',     # of faces: the second of the two classes has it
+    generated_class_weight=0.0)      # of the discriminator's class loss of generated images; 1: the paper's
+FACES = dict(steps=14000, batch_size=32)
+LEARNING_RATES = dict(digits=(1e-3, 1e-3), faces=(1e-4, 2e-4))     # of Adam, at the peak, of G and of D
+BETAS = (0.0, 0.99)
+FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
+R1_WEIGHT = dict(digits=0.2, faces=0.05)     # the mean weight of the penalty
+R1_EVERY = 16                # steps from one penalty to the next
+CLASS_WEIGHT = dict(digits=1.0, faces=1.0)    # of the generator's class loss
+ALONE = dict(digits=0, faces=1000)   # steps at the start in which the discriminator learns alone
+AVERAGE_DECAY = 0.999        # of the average of the weights, per update: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
 JUDGE = os.path.join(CHECKPOINTS, 'p3_runs', 'usps_mnistm', 'target_seed0.pth')     # upper bound of problem 3
+FACES_START = os.path.join(CHECKPOINTS, 'p2_gan.pth')      # first weights of the generator of faces
 SCORED = 100                 # generated digits of each class in a score
 
 # drawing and figures
 COLUMNS = 10                 # images of each class in the picture
 SINGLE = 100                 # images of each class in a folder
-SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')              # of tests/benchmark.py
+PAPER = os.path.join(CHECKPOINTS, 'p6_acgan_paper.pth')    # a run with the class loss of the paper
+SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')      # of tests/benchmark.py
 CURVES = (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'),
-          ('naming_loss', 'class, discriminator'), ('named_loss', 'class, generator'))
+          ('class_loss', 'class, discriminator'), ('generator_class_loss', 'class, generator'))
 
 
 def constants():
     """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(GENERATOR=GENERATOR, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, LEARNING_RATES=LEARNING_RATES,
-                BETAS=BETAS, LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP, AVERAGE_DECAY=AVERAGE_DECAY)
+    return dict(GENERATOR=GENERATOR, DISCRIMINATOR=DISCRIMINATOR, LEARNING_RATES=LEARNING_RATES, BETAS=BETAS,
+                FALLING=FALLING, R1_WEIGHT=R1_WEIGHT, R1_EVERY=R1_EVERY, CLASS_WEIGHT=CLASS_WEIGHT, ALONE=ALONE,
+                AVERAGE_DECAY=AVERAGE_DECAY)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
 
-def discriminator_losses(real_scores, fake_scores, real_logits, fake_logits, labels):
-    """Two losses of the discriminator, from its scores (N,) and logits (N, classes): adversarial loss and class loss.
+def adversarial_loss(real_scores, fake_scores):
+    """Mean logistic loss of scores (N,) of real images plus that of generated ones: Goodfellow et al. 2014, eq. 1."""
+    return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()
 
-    Each is the mean over the real images plus that over the generated ones.  Source: Odena et al. 2017, eq. 2 and 3.
+
+def class_loss(real_logits, fake_logits, labels, generated_class_weight):
+    """Mean cross-entropy of the logits (N, classes) of real images, plus the weight times that of generated ones.
+
+    Source: Odena et al. 2017, eq. 3, which has the weight 1.  With it the discriminator learns to call a bad digit by
+    its label, and the generator learns patterns that only this discriminator can read.
     """
-    return (F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean(),
-            F.cross_entropy(real_logits, labels) + F.cross_entropy(fake_logits, labels))
+    loss = F.cross_entropy(real_logits, labels)
+    if generated_class_weight:
+        loss = loss + generated_class_weight * F.cross_entropy(fake_logits, labels)
+    return loss
+
+
+def r1_penalty(score, images):
+    """Mean of |gradient of the score at an image|^2 over images (N, 3, H, W): Mescheder et al. 2018, eq. 9.
+
+    score maps them to scores (N,); gamma / 2 is the weight.
+    """
+    points = images.detach().requires_grad_()
+    gradient, = torch.autograd.grad(score(points).sum(), points, create_graph=True)
+    return (gradient ** 2).flatten(1).sum(1).mean()
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -87,77 +117,92 @@ def train(args):
     # device and seed
     data, attribute = args.data or DEFAULTS['data'], args.attribute or DEFAULTS['attribute']
     defaults = dict(DEFAULTS, data=data, attribute=attribute if data == 'faces' else '',
-                    batch_size=FACES_IN_BATCH if data == 'faces' else DEFAULTS['batch_size'])
+                    **FACES if data == 'faces' else {})
     run = Run(args, PROBLEM, defaults, constants(), default_path(args, defaults, shipped(data, attribute)))
-    device, rng = run.device, run.rng
-    data, attribute = run.settings['data'], run.settings['attribute']      # of a resumed run: those of its start
+    settings, device, rng = run.settings, run.device, run.rng
+    data, attribute = settings['data'], settings['attribute']      # of a resumed run: those of its start
     # data
     if data == 'digits':
-        judge, judge_sha256 = load_net(DigitNet, JUDGE, 'p3_dann', device)[0], dict(judge=sha256(JUDGE))
+        judge, used = load_net(DigitNet, JUDGE, 'p3_dann', device)[0], dict(judge=sha256(JUDGE))
         digits, test = [read_digits(args.data_dir, 'mnistm', split) for split in ('train', 'test')]
         if len(test.names) < 2:
             raise UserError('the score needs two test digits or more: add images')
         images, labels = digits.images, digits.labels
     else:
-        faces, test, judge_sha256 = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test'), {}
+        start = load_net(Generator, FACES_START, 'p2_gan', device)[0].state_dict()
+        used = dict(start=sha256(FACES_START))
+        faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
         images, labels = faces.images, torch.from_numpy(faces.attribute(attribute).astype(np.int64))
         if labels.min() == labels.max():
             raise UserError(f'all training faces are alike in {attribute}: choose another --attribute')
     train_rows, val_rows = split_held_out(len(images))
     # nets
     config = GENERATOR[data]
-    discriminator_config = dict(classes=config['classes'], channels=DISCRIMINATOR_CHANNELS[data], size=config['size'])
-    generator = run.keep('net', ClassGenerator(**config))
-    discriminator = run.keep('discriminator', ClassDiscriminator(**discriminator_config))
+    generator = GENERATORS[data](**config)
+    if data == 'faces':                    # what stands for the labels begins at 0: all faces are those of problem 2
+        new_columns = torch.zeros(len(start['project.weight']), config['classes'], device=device)
+        start['project.weight'] = torch.cat([start['project.weight'], new_columns], 1)
+        generator.load_state_dict(start)
+    generator = run.keep('net', generator)
+    discriminator = run.keep('discriminator', ClassDiscriminator(**DISCRIMINATOR[data]))
     average = run.keep('average', copy.deepcopy(generator)).eval()
     run.facts(generator, discriminator, training_images=len(train_rows), held_out=len(val_rows),
-              data=data_checksum(images, labels, test.images), **judge_sha256)
+              data=data_checksum(images, labels, test.images), **used)
     # optimizers
     generator_optimizer, discriminator_optimizer = [
         run.keep(name, torch.optim.Adam(net.parameters(), lr=peak, betas=BETAS))
-        for name, net, peak in (('generator_optimizer', generator, LEARNING_RATES[0]),
-                                ('discriminator_optimizer', discriminator, LEARNING_RATES[1]))]
+        for name, net, peak in (('generator_optimizer', generator, LEARNING_RATES[data][0]),
+                                ('discriminator_optimizer', discriminator, LEARNING_RATES[data][1]))]
+
+    def discriminate(images):
+        with run.autocast():
+            scores, logits = discriminator(images)
+        return scores.float(), logits.float()
+
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
-        generator_rate, discriminator_rate = [cosine_rate(step, run.last_step, peak, LEARNING_RATE_WARM_UP)
-                                              for peak in LEARNING_RATES]
+        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING)
+                                              for peak in LEARNING_RATES[data]]
+        trains_generator, scalars = step > ALONE[data], {}
         # batch: the generated images have the labels of the real ones; half of the faces are mirrored
         rows = train_rows[torch.randint(len(train_rows), (run.batch_size,), generator=rng)]
         x, asked = 2 * to_float(images[rows].to(device)) - 1, labels[rows].to(device)
         x = on_device(random_flip(x, rng) if data == 'faces' else x, device)
         z = torch.randn(run.batch_size, config['latent_dim'], generator=rng).to(device)
-        # update: discriminator, whether an image is real and of which class it is
-        with run.autocast():
+        # update: discriminator, whether an image is real, and of which class it is
+        with torch.set_grad_enabled(trains_generator), run.autocast():
             generated = generator(z, asked)
-            scores, logits = discriminator(torch.cat([x, generated.detach().float()]))
-        (real_scores, fake_scores), (real_logits, fake_logits) = scores.float().chunk(2), logits.float().chunk(2)
-        adversarial_loss, class_loss = discriminator_losses(real_scores, fake_scores, real_logits, fake_logits, asked)
-        take_step(discriminator_optimizer, adversarial_loss + class_loss, discriminator_rate)
+        scores, logits = discriminate(torch.cat([x, generated.detach().float()]))
+        (real_scores, fake_scores), (real_logits, fake_logits) = scores.chunk(2), logits.chunk(2)
+        loss = adversarial_loss(real_scores, fake_scores)
+        discriminator_class_loss = class_loss(real_logits, fake_logits, asked, settings['generated_class_weight'])
+        scalars.update(discriminator_loss=loss.detach(), class_loss=discriminator_class_loss.detach())
+        loss = loss + discriminator_class_loss
+        if step % R1_EVERY == 0:
+            penalty = r1_penalty(lambda points: discriminate(points)[0], x)
+            scalars['penalty'], loss = penalty.detach(), loss + R1_WEIGHT[data] * R1_EVERY * penalty
+        take_step(discriminator_optimizer, loss, discriminator_rate)
         # update: generator, so that the generated images are called real and of their class
-        discriminator.requires_grad_(False)
-        with run.autocast():
-            scores, logits = discriminator(generated)
-        generator_loss = F.softplus(-scores.float()).mean()
-        generator_class_loss = F.cross_entropy(logits.float(), asked)
-        take_step(generator_optimizer, generator_loss + generator_class_loss, generator_rate)
-        discriminator.requires_grad_(True)
-        update_average(average, generator, step, AVERAGE_DECAY)
+        if trains_generator:
+            discriminator.requires_grad_(False)
+            scores, logits = discriminate(generated)
+            generator_loss, generator_class_loss = F.softplus(-scores).mean(), F.cross_entropy(logits, asked)
+            take_step(generator_optimizer, generator_loss + CLASS_WEIGHT[data] * generator_class_loss, generator_rate)
+            discriminator.requires_grad_(True)
+            update_average(average, generator, step - ALONE[data], AVERAGE_DECAY)
+            scalars.update(generator_loss=generator_loss.detach(), generator_class_loss=generator_class_loss.detach())
         # log and save
-        run.log(discriminator_loss=adversarial_loss.detach(), generator_loss=generator_loss.detach(),
-                naming_loss=class_loss.detach(), named_loss=generator_class_loss.detach(),
-                learning_rate=generator_rate)
+        run.log(**scalars, learning_rate=generator_rate)
         if run.saves:
-            discriminator.eval()
             classes = run_batches(lambda batch: discriminator(2 * to_float(batch) - 1)[1].argmax(1), device,
                                   images[val_rows])
-            discriminator.train()
             run.measured(accuracy=(classes.long() == labels[val_rows]).float().mean().item())
     # final check from file
-    generator, metrics = run.from_file(ClassGenerator(**config), 'average'), {}
+    generator, metrics = run.from_file(GENERATORS[data](**config), 'average'), {}
     if data == 'digits':
         generated = generate_images(generator, SCORED, DEFAULTS['seed'], device)
         metrics = dict(images=len(test.names), **measure_generated(generated, judge, test.images, device))
-    run.finish(generator, config, metrics, discriminator_config=discriminator_config)
+    run.finish(generator, config, metrics, discriminator_config=DISCRIMINATOR[data])
 
 
 def shipped(data, attribute):
@@ -178,8 +223,9 @@ def infer(args):
         check_output(args.out, PICTURE_ENDINGS)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
-    ckpt = args.ckpt or shipped(args.data or DEFAULTS['data'], args.attribute or DEFAULTS['attribute'])
-    generator = load_net(ClassGenerator, ckpt, PROBLEM, device)[0]
+    data = args.data or DEFAULTS['data']
+    ckpt = args.ckpt or shipped(data, args.attribute or DEFAULTS['attribute'])
+    generator = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0]
     count = args.n or (SINGLE if single else COLUMNS)
     images = generate_images(generator, count, args.seed or DEFAULTS['seed'], device)
     images = images.transpose(0, 1).flatten(0, 1)      # class after class
@@ -197,8 +243,8 @@ def generate_images(generator, count, seed, device):
     The noise comes from NumPy's legacy generator, whose stream is frozen (NEP 19).  The images of one noise are
     generated together, so that the result does not depend on count.
     """
-    noise = np.random.RandomState(seed).standard_normal((count, generator.project.in_features)).astype(np.float32)
-    labels = torch.arange(generator.label.num_embeddings, device=device)
+    noise = np.random.RandomState(seed).standard_normal((count, generator.latent_dim)).astype(np.float32)
+    labels = torch.arange(generator.classes, device=device)
     with torch.no_grad(), repeatable():
         images = [generator(z.to(device).expand(len(labels), -1), labels).cpu() for z in torch.from_numpy(noise)]
     return to_uint8(to_unit(torch.stack(images)))
@@ -210,30 +256,31 @@ def plot(args):
     """Write every figure of the report to --out (figures/) from checkpoints and logs."""
     device = pick_device(args.device or 'cpu')
     scores, generators, logs = read_log(SCORES), {}, {}
-    for data, name in (('digits', 'acgan'), ('faces', 'faces')):
-        path = shipped(data, DEFAULTS['attribute'])
-        check_scores(SCORES, scores, name, path)
-        generators[data], checkpoint = load_net(ClassGenerator, path, PROBLEM, device)
-        logs[data] = read_log(base_of(path) + '.jsonl')
-        if data == 'digits':
-            discriminator = ClassDiscriminator(**checkpoint['discriminator_config'])
-    write_text(os.path.join(args.out, 'fig6_1.txt'), f'{generators["digits"]}\n{discriminator}\n')
-    images = generate_images(generators['digits'], COLUMNS, DEFAULTS['seed'], device)
-    save_picture(os.path.join(args.out, 'fig6_2.jpg'), make_grid(images.transpose(0, 1).flatten(0, 1), COLUMNS))
+    for what, data, ckpt in (('acgan', 'digits', shipped('digits', '')), ('acgan_paper', 'digits', PAPER),
+                             ('faces', 'faces', shipped('faces', DEFAULTS['attribute']))):
+        check_scores(SCORES, scores, what, ckpt)
+        generators[what], logs[what] = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0], read_log(
+            base_of(ckpt) + '.jsonl')
+    write_text(os.path.join(args.out, 'fig6_1.txt'),
+               f'{generators["acgan"]}\n{ClassDiscriminator(**DISCRIMINATOR["digits"])}\n')
+    for name, what in (('fig6_2', 'acgan'), ('fig6_5', 'acgan_paper')):
+        images = generate_images(generators[what], COLUMNS, DEFAULTS['seed'], device)
+        save_picture(os.path.join(args.out, name + '.jpg'), make_grid(images.transpose(0, 1).flatten(0, 1), COLUMNS))
     plot_learning_curves(os.path.join(args.out, 'fig6_3.png'), logs)
     plot_pairs(os.path.join(args.out, 'fig6_4.jpg'), generators['faces'], scores, device)
-    print(f'four figures are in {args.out}')
+    print(f'five figures are in {args.out}')
 
 
 def plot_learning_curves(path, logs):
     """fig6_3: the losses over the images seen."""
-    figure, all_axes = figures.new_figure(2.6, columns=2)
-    for axes, (data, log) in zip(all_axes, logs.items()):
-        records = [record for record in log if record['kind'] == 'train']
+    titles = dict(acgan='digits, our class loss', acgan_paper="digits, the paper's", faces='faces, our class loss')
+    figure, all_axes = figures.new_figure(2.6, columns=3)
+    for axes, (what, log) in zip(all_axes, logs.items()):
+        records = [record for record in log if record['kind'] == 'train' and 'generator_loss' in record]
         images_seen = [record['step'] * log[0]['settings']['batch_size'] / 1000 for record in records]
         for colour, (scalar, label) in zip(figures.COLOURS, CURVES):
             axes.plot(images_seen, [record[scalar] for record in records], color=colour, label=label)
-        axes.set(title=f'ACGAN, {data}', xlabel='images seen (thousands)', ylabel='loss (nats)', yscale='log')
+        axes.set(title=titles[what], xlabel='images seen (thousands)', ylabel='loss (nats)', yscale='log')
         low, high = axes.get_ylim()
         axes.set_ylim(low * (low / high) ** 0.6, high)         # room for the legend below the curves
         figures.log_axis(axes.yaxis)
@@ -265,6 +312,9 @@ def parse_args(argv=None):
     parser.add_argument('--data', choices=sorted(GENERATOR), help=f'what is drawn ({DEFAULTS["data"]})')
     parser.add_argument('--attribute', choices=ATTRIBUTES,
                         help=f'of faces: the second of the two classes has it ({DEFAULTS["attribute"]})')
+    parser.add_argument('--generated_class_weight', type=number_between(0, 10, float),
+                        help="--train: weight of the discriminator's class loss of generated images "
+                             f'({DEFAULTS["generated_class_weight"]:g}; in the paper 1)')
     args = parse_shared(parser, PROBLEM, ['out'], argv)
     if args.attribute and args.data != 'faces':
         parser.error('--attribute is for faces: add --data faces')
