@@ -1,8 +1,7 @@
-"""Read the assignment's images and labels, augment images, and write pictures and label files.
+"""Read images and labels, augment images, write pictures and label files; and the frame of all scripts, their flags.
 
-Images are kept as uint8 in memory and become floats batch by batch.  Whatever can be wrong with a user's file or
-path ends in one UserError that names the cause and the fix.  The last section is the frame of all scripts: their
-flags, and how a mistake ends.
+Images are uint8 in memory and become floats batch by batch.  What can be wrong with a user's file or path ends in a
+UserError.
 """
 import argparse
 import csv
@@ -36,18 +35,12 @@ class UserError(Exception):
     """A mistake of the user's, or of the machine's: one line that names the cause and the fix."""
 
 
-def warn(message):
-    """Say in one line on stderr what may be wrong and does not stop the program."""
-    print(f'{os.path.basename(sys.argv[0])}: warning: {message}', file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------ images and labels
 
 def list_images(folder):
-    """Return the sorted names of the image files in folder (.png, .jpg, .jpeg, .bmp, any case).
+    """Return the sorted names of the image files in folder (.png, .jpg, .jpeg, .bmp, any case); UserError if none.
 
-    Raises UserError if the folder does not exist or holds no image.  A broken link is listed, so that reading
-    it fails.
+    A broken link is listed, so that reading it fails.
     """
     if not os.path.isdir(folder):
         raise UserError(f'there is no folder {folder}: correct the path; for training, --data_dir must name a '
@@ -60,11 +53,10 @@ def list_images(folder):
 
 
 def read_image(path, size):
-    """Read one image of any mode as (size, size, 3) uint8, as a viewer shows it.
+    """Read one image of any mode as (size, size, 3) uint8, turned as its EXIF data says; UserError if it is damaged.
 
-    It is turned as its EXIF data says.  Transparent parts are laid over black, or over white where the ink is
-    dark.  An image of another size is resized bicubically; size None keeps its own.  Raises UserError with the
-    name if it cannot be decoded.
+    Transparent parts are laid over black, or over white where the ink is dark.  An image of another size is resized
+    bicubically; size None keeps its own.
     """
     try:
         with Image.open(path) as image:
@@ -91,8 +83,7 @@ def read_image(path, size):
 def to_8_bit(values):
     """Turn the values of a grey image of more than 8 bits, or of floats, into (H, W) uint8.
 
-    Whole numbers are divided by 257 if one is above 255.  Floats lie in [0, 1] or, if one is negative, in [-1, 1].
-    Raises ValueError for other floats.
+    Whole numbers are divided by 257 if one is above 255.  Floats lie in [0, 1] or [-1, 1], or ValueError is raised.
     """
     if values.dtype.kind != 'f':
         return np.round(values / 257 if values.max() > 255 else values).clip(0, 255).astype(np.uint8)
@@ -112,9 +103,8 @@ def read_images(folder, names, size):
 def read_label_file(path, names):
     """Read a label file (header image_name,...) as a DataFrame of texts, a row for each name, in their order.
 
-    The values may be separated by commas, semicolons or tabs, with spaces around them and a separator at the end of a
-    row; image_name and label may be written in any case.  Raises UserError if the file is missing or malformed, or
-    unless each image in names has one row and each row an image.
+    The values may be separated by commas, semicolons or tabs, with spaces around them and one separator more at the
+    end of a row.  Raises UserError unless each image in names has one row, and each row an image.
     """
     import pandas as pd
     if not os.path.isfile(path):
@@ -160,10 +150,7 @@ def read_numbers(column, path, allowed):
 
 
 class FaceImages:
-    """The faces of one split: names (N, sorted), images (N, 3, 64, 64) uint8, attributes (a DataFrame of N texts each).
-
-    Raises UserError for whatever is wrong with the folder, its CSV or one of its images.
-    """
+    """The faces of one split: names (N, sorted), images (N, 3, 64, 64) uint8, attributes (a DataFrame of N texts)."""
 
     def __init__(self, data_dir, split):
         folder = os.path.join(data_dir, 'face', split)
@@ -180,10 +167,7 @@ class FaceImages:
 
 
 class DigitImages:
-    """The digits of one domain's split: names (N, sorted), images (N, 3, 28, 28) uint8, labels (N,) int64 of 0 .. 9.
-
-    The three channels of a grey image are equal.  Raises UserError as FaceImages does.
-    """
+    """The digits of a domain's split: names (N, sorted), images (N, 3, 28, 28) uint8, labels (N,) int64 of 0 .. 9."""
 
     def __init__(self, data_dir, domain, split):
         folder = os.path.join(data_dir, 'digits', domain, split)
@@ -206,8 +190,7 @@ def read_digits(data_dir, domain, split):
 def split_held_out(count):
     """Split range(count) into (training, held-out) index tensors, the same ones at every call.
 
-    500 images are held out, or a tenth of a set of fewer than 5,000.  Raises UserError if nothing
-    would be left to train on.
+    500 images are held out, or a tenth of a set of fewer than 5,000.
     """
     if count < 2:
         raise UserError(f'training needs two images or more, and there is {count}: add some')
@@ -248,15 +231,14 @@ def random_flip(images, rng):
 
 
 def augment_digits(images, strength, rng, backgrounds=None):
-    """Change the shape, background and colours of (N, 3, 28, 28) digits in [0, 1], each in its own way.
+    """Change the shape, background and colours of (N, 3, 28, 28) digits in [0, 1]; the result may leave [0, 1].
 
-    An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees,
-    sheared by up to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; for half of the images the
-    contrast around a random grey is raised by up to exp(2), so that strokes become sharp, thick or thin; a smooth
-    random background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
-    2016: the absolute difference); half of the images are blurred; colours are inverted with probability 1/2 and mixed
-    by a random matrix; Gaussian noise is added.  0 changes nothing; the result of another strength may
-    leave [0, 1].
+    An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees, sheared by up
+    to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; for half of the images the contrast around a
+    random grey is raised by up to exp(2), so that strokes become sharp, thick or thin; a smooth random background, or
+    that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al. 2016: the absolute
+    difference); half of the images are blurred; colours are inverted with probability 1/2 and mixed by a random
+    matrix; Gaussian noise is added.  Strength 0 changes nothing.
     """
     if strength == 0:
         return images
@@ -312,10 +294,7 @@ def balanced_rows(labels, count, rng):
 # -------------------------------------------------------------------- pictures and label files out
 
 def check_output(path, endings=None):
-    """Raise UserError unless a file can be written at path, before hours of work and not after them.
-
-    endings are those that it may have; without them it must not have that of an image or a checkpoint.
-    """
+    """Raise UserError unless a file can be written at path, with one of endings or else not that of an image or net."""
     if path.endswith(os.sep) or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f'{path} is a folder or a device: name a file to write')
     if endings and not path.lower().endswith(endings):
@@ -334,20 +313,24 @@ def check_parent(path):
         raise UserError(f'cannot write {path} ({folder} is no folder or must not be changed): choose another place')
 
 
-def check_new_folder(folder):
-    """Raise UserError if folder has the name of a picture, or if something but an empty folder is there."""
-    if folder.lower().endswith(PICTURE_ENDINGS):
-        raise UserError(f'{folder} has the name of a picture: single images need the name of a new folder')
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f'{folder} exists and is no empty folder: name a new one for the images')
-    check_parent(folder)
+def check_images_out(path):
+    """Return whether path is to be a folder of single images, and not one picture; UserError if neither can be written.
+
+    A new name that ends in letters, as .png or .gif, is that of a picture.
+    """
+    if not os.path.isdir(path) and os.path.splitext(path.rstrip(os.sep))[1][1:].isalpha():
+        check_output(path, PICTURE_ENDINGS)
+        return False
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f'{path} exists and is no empty folder: name a new one for the images')
+    check_parent(path)
+    return True
 
 
 def write_whole(path, write):
     """Let write(temporary path) make a file or a folder, then rename it: path is whole or untouched.
 
-    The parent folder is made if need be; the temporary name lies in it and has path's ending.  If path is a
-    link, the file that it points to is written.  Raises UserError with path and the reason.
+    The temporary name has path's ending.  A missing parent folder is made.  A link stays, and its file is written.
     """
     path = os.path.realpath(path)
     parent, name = os.path.split(path)
@@ -382,21 +365,17 @@ def write_table(path, rows):
     write_text(path, text.getvalue())
 
 
-def write_predictions(path, names, labels):
-    """Write the assignment's CSV: image_name,label and a row for each name."""
-    write_table(path, [('image_name', 'label')] + [(name, int(label)) for name, label in zip(names, labels)])
-
-
 def make_grid(images, columns, gap=2):
     """Lay (N, 3, H, W) uint8 images out in rows on white: a (height, width, 3) uint8 array."""
     from torchvision.utils import make_grid as lay_out
     return lay_out(images, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
 
 
-def save_picture(path, pixels):
-    """Write (height, width, 3) uint8 pixels to path; JPEG without chroma loss at quality 95."""
+def save_picture(path, images, columns):
+    """Write (N, 3, H, W) uint8 images as one picture to path; JPEG without chroma loss at quality 95."""
     options = {} if path.lower().endswith('.png') else {'quality': 95, 'subsampling': 0}
-    write_whole(path, lambda temporary: Image.fromarray(pixels).save(temporary, **options))
+    picture = Image.fromarray(make_grid(images, columns))
+    write_whole(path, lambda temporary: picture.save(temporary, **options))
 
 
 def save_single_images(folder, images, names=None):
@@ -407,6 +386,18 @@ def save_single_images(folder, images, names=None):
             name = names[index] if names else f'{index:05d}'
             Image.fromarray(np.asarray(image).transpose(1, 2, 0)).save(os.path.join(temporary, name + '.png'))
     write_whole(folder, write)
+
+
+def save_classes(path, single, images):
+    """Write images of classes (count, classes, 3, H, W) uint8, a row for each class or, if single, as 0_001.png, ..."""
+    count = len(images)
+    images = images.transpose(0, 1).flatten(0, 1)      # class after class
+    if single:
+        digits = max(3, len(str(count)))
+        save_single_images(path, images, [f'{index // count}_{index % count + 1:0{digits}d}'
+                                          for index in range(len(images))])
+    else:
+        save_picture(path, images, count)
 
 
 # ---------------------------------------------------------------------- the frame of all scripts
@@ -423,10 +414,7 @@ def number_between(low, high, kind=int):
 
 
 def new_parser(problem, about, defaults, does, writes):
-    """Return an ArgumentParser with the flags that all scripts share.
-
-    does says what a script does without a mode, writes what --out names then; defaults are the settings.
-    """
+    """Return an ArgumentParser with the flags of all scripts; does and writes say what one does without a mode."""
     count = number_between(1, 2 ** 31 - 1)
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -456,10 +444,7 @@ def add_domains(parser):
 
 
 def parse_shared(parser, problem, needs, argv):
-    """Parse argv, or else the command's own words; needs names the flags that it must have without --train or --plot.
-
-    The result has the command too, as logs and checkpoints keep it.
-    """
+    """Parse argv or the command's words, and keep the command; without --train or --plot it must have needs."""
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     for name in ('data_dir', 'out', 'ckpt', 'images', 'init'):

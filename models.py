@@ -1,7 +1,6 @@
 """Every net; how nets run; what problems 3 to 6 share; and, as the last part, a training run with its files.
 
-Constructors take plain keyword arguments, read no globals and print nothing, so that a checkpoint
-can hold the arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
+A checkpoint holds the keyword arguments that rebuild its net.  All of it runs on torch 1.4 as on today's.
 """
 import contextlib
 import copy
@@ -12,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections import OrderedDict
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from datasets import (DIGIT_SIZE, SOURCE_OF, UserError, check_output, is_out_of_memory, list_images, read_images,
-                      to_float, to_uint8, warn, write_text, write_whole)
+                      to_float, to_uint8, write_text, write_whole)
 
 # autocast came with torch 1.10, and with it channels_last kernels that are worth having on a CPU
 MODERN = hasattr(torch, 'autocast')
@@ -43,8 +43,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(
             nn.BatchNorm2d(channels), nn.LeakyReLU(0.2),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(channels), nn.LeakyReLU(0.2),
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1))
+            nn.BatchNorm2d(channels), nn.LeakyReLU(0.2), nn.Conv2d(channels, channels, kernel_size=3, padding=1))
 
     def forward(self, x):
         return x + self.layers(x)
@@ -58,8 +57,7 @@ class VAEEncoder(nn.Module):
         layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1)]       # 32x32
         for before, after in zip(channels, channels[1:]):                              # 16, 8, 4
             layers += [nn.BatchNorm2d(before), nn.LeakyReLU(0.2),
-                       nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1),
-                       ResidualBlock(after)]
+                       nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), ResidualBlock(after)]
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(channels[-1]), nn.LeakyReLU(0.2))
         self.mean = nn.Linear(channels[-1] * 4 * 4, latent_dim)
         self.log_variance = nn.Linear(channels[-1] * 4 * 4, latent_dim)
@@ -70,11 +68,7 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """(N, latent_dim) -> (N, 3, 64, 64) float in [0, 1].
-
-    Upsampling is a 1x1 convolution to four times the channels and a pixel shuffle (Shi et al. 2016,
-    arXiv 1609.05158), which costs a CPU less than a transposed convolution.
-    """
+    """(N, latent_dim) -> (N, 3, 64, 64) float in [0, 1], by pixel shuffle (Shi et al. 2016, arXiv 1609.05158)."""
 
     def __init__(self, latent_dim, channels):
         super().__init__()
@@ -82,8 +76,7 @@ class VAEDecoder(nn.Module):
         self.project = nn.Linear(latent_dim, self.channels * 4 * 4)
         layers = []
         for before, after in zip(channels[:0:-1], channels[-2::-1]):                   # 4, 8, 16
-            layers += [ResidualBlock(before), nn.Conv2d(before, 4 * after, kernel_size=1),
-                       nn.PixelShuffle(2)]
+            layers += [ResidualBlock(before), nn.Conv2d(before, 4 * after, kernel_size=1), nn.PixelShuffle(2)]
         self.layers = nn.Sequential(
             *layers, ResidualBlock(channels[0]), nn.BatchNorm2d(channels[0]), nn.LeakyReLU(0.2),
             nn.Conv2d(channels[0], 3 * 4, kernel_size=3, padding=1), nn.PixelShuffle(2))   # 64x64
@@ -112,11 +105,7 @@ class VAE(nn.Module):
 
 
 def gan_weights(module):
-    """Draw the first weights from N(0, 0.02), those of a batch norm from N(1, 0.02).
-
-    Source: Radford et al. 2016 (DCGAN, arXiv 1511.06434), section 4; for the batch norm PyTorch's DCGAN
-    example.
-    """
+    """Draw weights from N(0, 0.02), of batch norms from N(1, 0.02) (DCGAN: Radford et al. 2016, arXiv 1511.06434)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -124,10 +113,7 @@ def gan_weights(module):
 
 
 class Generator(nn.Module):
-    """(N, latent_dim) -> (N, 3, 64, 64) float in [-1, 1] (Radford et al. 2016, figure 1).
-
-    channels are those at 32, 16, 8 and 4 pixels.
-    """
+    """(N, latent_dim) -> (N, 3, 64, 64) float in [-1, 1] (DCGAN, figure 1); channels at 32, 16, 8 and 4 pixels."""
 
     def __init__(self, latent_dim, channels):
         super().__init__()
@@ -148,12 +134,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(N, 3, 64, 64) float in [-1, 1] -> (N,) unbounded scores, high for real images (same source).
+    """(N, 3, 64, 64) float in [-1, 1] -> (N,) unbounded scores, high for real images (DCGAN, with other norms).
 
-    channels are those at 32, 16, 8 and 4 pixels.  norm is what follows the inner convolutions:
-    'batch' norm; 'layer' norm over channels and pixels, which looks at one image alone; 'none'; or
-    'spectral', which normalises the weights of every convolution instead (Miyato et al. 2018,
-    arXiv 1802.05957).
+    channels are those at 32, 16, 8 and 4 pixels.  norm is 'batch', 'layer' (over channels and pixels, of one image
+    alone), 'none' or 'spectral' (of the weights: Miyato et al. 2018, arXiv 1802.05957).
     """
 
     def __init__(self, channels, norm):
@@ -162,8 +146,7 @@ class Discriminator(nn.Module):
         normalise = {'batch': nn.BatchNorm2d, 'layer': lambda count: nn.GroupNorm(1, count)}.get(norm)
         layers = [nn.Conv2d(3, channels[0], kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in zip(channels, channels[1:]):
-            layers.append(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1,
-                                    bias=normalise is None))
+            layers.append(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=normalise is None))
             layers += [normalise(after)] if normalise else []
             layers.append(nn.LeakyReLU(0.2))
         layers.append(nn.Conv2d(channels[-1], 1, kernel_size=4))
@@ -194,9 +177,8 @@ class GradientReversal(torch.autograd.Function):
 class DigitEncoder(nn.Module):
     """(N, 3, 28, 28) float of any range -> features (N, 9 channels[-1]).
 
-    With normalise each channel of each image is brought to mean 0 and variance 1 first, so that
-    neither brightness nor contrast can tell two domains apart (instance normalisation of the input:
-    Shu et al. 2018, arXiv 1802.08735).
+    normalise brings each channel of each image to mean 0 and variance 1, so that neither brightness nor contrast
+    tells two domains apart (instance normalisation of the input: Shu et al. 2018, arXiv 1802.08735).
     """
 
     def __init__(self, channels, normalise):
@@ -217,10 +199,7 @@ class DigitEncoder(nn.Module):
 
 
 class DigitNet(nn.Module):
-    """(N, 3, 28, 28) float of any range -> logits (N, 10); encoder and classifier of problems 3 and 4.
-
-    channels are those at 28, 14 and 7 pixels; features is the width of what the encoder gives.
-    """
+    """(N, 3, 28, 28) float of any range -> logits (N, 10); channels are those at 28, 14 and 7 pixels."""
 
     def __init__(self, channels, dropout, normalise=True):
         super().__init__()
@@ -252,7 +231,7 @@ class Swish(nn.Module):
 
 
 class ConditionedBlock(nn.Module):
-    """Residual block whose second norm is followed by a scale and a shift that depend on a conditioning vector.
+    """Residual block whose second norm is scaled and shifted as a conditioning vector says.
 
     (N, before, H, W) and (N, conditioning) -> (N, after, H, W).  Source: Ho et al. 2020 (arXiv 2006.11239),
     appendix B, with the scale of Nichol and Dhariwal 2021 (arXiv 2102.09672).
@@ -410,11 +389,7 @@ def pick_device(name):
 
 
 def pick_precision(device):
-    """Return 'bf16' where bfloat16 autocast trains faster than float32 on this device, else 'fp32'.
-
-    On a CPU it is measured, not read off the feature flags: there are CPUs with AVX512-BF16 that
-    convolve faster in float32.
-    """
+    """Return 'bf16' where bfloat16 autocast trains faster than float32 on device, else 'fp32'; a CPU is measured."""
     if not MODERN:
         return 'fp32'
     if device.type == 'cuda':
@@ -441,10 +416,7 @@ def autocast(device, precision):
 
 
 def fastest_layout(net):
-    """Return net in the memory layout in which it trains fastest on a CPU.
-
-    That is channels_last, but not for group norm, whose kernel then takes up to 20 times as long.
-    """
+    """Return net in the layout that a CPU trains fastest: channels_last, except for group norm (20 times slower)."""
     if not MODERN or any(isinstance(layer, nn.GroupNorm) for layer in net.modules()):
         return net
     return net.to(memory_format=torch.channels_last)
@@ -480,8 +452,7 @@ def take_step(optimizer, loss, learning_rate, max_norm=None):
 def update_average(average, net, updates, max_decay):
     """Move average towards net: average = decay average + (1 - decay) net, buffers too.
 
-    The decay is updates / (updates + 20), where updates counts from 1, but at most max_decay, so that the first
-    weights are soon forgotten.
+    The decay is updates / (updates + 20), updates counting from 1, but at most max_decay: first weights soon go.
     """
     decay = min(max_decay, updates / (updates + 20))
     with torch.no_grad():
@@ -494,10 +465,9 @@ def update_average(average, net, updates, max_decay):
 
 
 def run_batches(function, device, *inputs, batch_size=50):
-    """Call function on one batch of inputs after another and join the results on the CPU.
+    """Call function on one batch of inputs after another, on device; return the results, float32 on the CPU.
 
-    inputs are tensors of N rows; function takes the same rows of each, on device, and returns one
-    tensor or a tuple of them, batch first.  The results are float32.
+    inputs are tensors of N rows; function returns one tensor or a tuple of them, batch first.
     """
     with torch.no_grad():
         outputs = [function(*[rows[start:start + batch_size].to(device) for rows in inputs])
@@ -508,10 +478,7 @@ def run_batches(function, device, *inputs, batch_size=50):
 
 
 def in_threads(function, parts, device, threads):
-    """Yield function(part) for each of parts in turn, computed on so many threads (on a GPU: on one).
-
-    Each of them computes with one thread of torch, so that a result does not depend on their number.
-    """
+    """Yield function(part) for each of parts in turn, from so many threads (on a GPU: one), each with one of torch."""
     def compute(part):
         torch.set_num_threads(1)           # for the thread that calls it
         return function(part)
@@ -526,10 +493,7 @@ def in_threads(function, parts, device, threads):
 
 
 def with_statistics(net, images, device):
-    """Return a copy of net in eval() whose batch norms have the statistics of float (N, 3, H, W) images.
-
-    Source: Li et al. 2016 (AdaBN, arXiv 1603.04779).
-    """
+    """Return a copy of net in eval() whose batch norms have the statistics of images (Li et al. 2016, AdaBN)."""
     net = copy.deepcopy(net).to(device).eval()
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -541,10 +505,7 @@ def with_statistics(net, images, device):
 
 
 def frechet_distance(a, b):
-    """Frechet distance between Gaussians fitted to features (N, D) and (M, D): a float.
-
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
-    """
+    """Frechet distance of Gaussians fitted to features (N, D) and (M, D): Heusel et al. 2017 (1706.08500), eq. 6."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     a_cov, b_cov = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(a_cov)
@@ -554,11 +515,10 @@ def frechet_distance(a, b):
 
 
 def decode_noise(decoder, count, dimensions, seed, device):
-    """Decode count draws of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images.
+    """Decode count draws of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images; decoder gives [0, 1].
 
-    decoder maps them to [0, 1].  The draws come from NumPy's legacy generator, whose stream is
-    frozen (NEP 19); each is decoded alone and on one thread, since the order in which a convolution
-    adds up, and with it the last bit, may change with the batch size and the number of threads.
+    The draws come from NumPy's legacy generator, whose stream is frozen (NEP 19).  Each is decoded alone and on one
+    thread, since the last bit of a convolution may change with the batch size and the number of threads.
     """
     noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)
     with repeatable():
@@ -587,10 +547,7 @@ FOLDER_PART = 256            # images of a folder that a thread labels at once
 
 
 def domain_loss(source, target):
-    """Mean cross-entropy of the discriminator's logits (N,) for source images and for target ones.
-
-    Source: Ganin et al. 2016, section 4.2; 1 stands for the source domain, each domain counts a half.
-    """
+    """Mean cross-entropy of logits (N,), 1 the source and 0 the target, a half each: Ganin et al. 2016, 4.2."""
     return 0.5 * (F.softplus(-source).mean() + F.softplus(target).mean())
 
 
@@ -620,9 +577,8 @@ def accuracy(net, images, labels, device):
 
 
 def nuclear_norm(probabilities):
-    """Nuclear norm of probabilities (N, 10), scaled so that it is at most 1: high if sure and diverse.
+    """Nuclear norm of probabilities (N, 10), scaled to at most 1: high if sure and diverse; nan if one is not finite.
 
-    It judges predictions without labels, and likes even shares best; it is nan for a net that diverged.
     Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
     """
     if not torch.isfinite(probabilities).all():
@@ -633,8 +589,8 @@ def nuclear_norm(probabilities):
 def measure_held_out(net, images, labels, target_images, device):
     """Measure a net in eval() on held-out images (N, 3, 28, 28) uint8 with labels, and on the target's without.
 
-    Returns a dict: accuracy on the former; of the predictions for the latter the nuclear norm and the shares of
-    the ten digits.  By these methods are compared without a label of the target.
+    Returns a dict: the accuracy on the former; for the latter, by which methods are compared without a label of the
+    target, the nuclear norm and the predicted shares of the ten digits.
     """
     probabilities = predict_probabilities(net, target_images, device)
     return dict(accuracy=accuracy(net, images, labels, device), nuclear_norm=nuclear_norm(probabilities),
@@ -642,10 +598,9 @@ def measure_held_out(net, images, labels, target_images, device):
 
 
 def measure_target(net, test, target, held_out, device):
-    """Measure a net in eval() at the end of its run, for which no label that is read here has chosen anything.
+    """Measure a net in eval() at the end of its run: number of test images, accuracy on them and on held_out.
 
-    test and target are the DigitImages of the target's test and training images; held_out are the rows of the
-    latter that were held out.  Returns a dict: the number of test images, the accuracy on them and on held_out.
+    test and target are the DigitImages of the target's test and training images; held_out are rows of the latter.
     """
     return dict(images=len(test.names), accuracy=accuracy(net, test.images, test.labels, device),
                 held_out_accuracy=accuracy(net, target.images[held_out], target.labels[held_out], device))
@@ -654,8 +609,8 @@ def measure_target(net, test, target, held_out, device):
 def measure_generated(generated, judge, real, device):
     """Score generated digits (count, 10, 3, 28, 28) uint8, the second index the class, by judge, a DigitNet in eval().
 
-    Returns a dict: accuracy, the share of them that judge reads as what was asked for; and frechet, the distance
-    between them and real images (N, 3, 28, 28) uint8, in the features of judge.
+    Returns a dict: accuracy, the share that judge reads as what was asked for; and frechet, the distance to real
+    images (N, 3, 28, 28) uint8 in the features of judge.
     """
     asked = torch.arange(generated.shape[1]).repeat(len(generated))
     generated = generated.flatten(0, 1)
@@ -670,10 +625,7 @@ def check_scores(scores_path, scores, what, ckpt):
 
 
 def label_folder(problem, ckpt, target, folder, batch_size, device):
-    """Return the sorted names of the images in a folder, and the digits that a checkpoint's net gives them.
-
-    An image's label depends on that image alone.
-    """
+    """Return the sorted names of the images in a folder, and the digit that a checkpoint's net gives to each alone."""
     net, checkpoint = load_net(DigitNet, ckpt, problem, device)
     if checkpoint['settings']['target'] != target:
         raise UserError(f'{ckpt} was trained for {checkpoint["settings"]["target"]}: name that as --target, or '
@@ -693,19 +645,20 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
         labels += part_labels
         single_colour += part_single_colour
     if any(single_colour):
-        warn(f'{names[single_colour.index(True)]} has a single colour ({sum(single_colour)} such of {len(names)} '
-             'images): its label means nothing')
+        print(f'warning: {names[single_colour.index(True)]} has a single colour ({sum(single_colour)} such of '
+              f'{len(names)} images): its label means nothing', file=sys.stderr, flush=True)
     return names, labels
 
 
 # --------------------------------------------------------------------------------- a training run
 
+STATE = ' (training state)'  # ends the name of the problem in the file of a run that has not ended
+
 class Run:
     """One training run from its start, or from where it stopped, to its end: all but the algorithm.
 
-    The checkpoint of a run appears at its end, and beside it its log: run.pth and run.jsonl.  Until then
-    run_last.pth holds the state from which --resume goes on as if the run had never stopped, and
-    run_last.jsonl the log up to that state.  A script uses a Run like this:
+    At its end run.pth appears, the checkpoint, and run.jsonl, its log.  Until then run_last.pth holds the state from
+    which --resume goes on as if the run had never stopped, and run_last.jsonl the log up to it.  A script says:
 
         run = Run(args, PROBLEM, DEFAULTS, constants(), ckpt)
         net = run.keep('net', Net(**NET))                # is saved with the run, and restored by --resume
@@ -718,14 +671,12 @@ class Run:
                 run.choose(error, net)                   # where the least error chooses the weights
         run.finish(run.from_file(Net(**NET), 'chosen'), NET, metrics)
 
-    args are the flags of the command line.  defaults are the settings that have a flag of the same name.
-    constants are the constants of the method, with names in capitals.
+    args are the flags; defaults the settings that have a flag of the same name; constants those of the method, with
+    names in capitals.  Attributes: settings (flags and constants), last_step, batch_size, device, precision, resumed
+    (bool), rng (a torch.Generator with the run's seed); in the loop also step, logs and saves (whether it does so).
 
-    Attributes: settings (flags and constants), last_step, batch_size, device, precision, resumed (bool), rng (a
-    torch.Generator with the seed of the run); in the loop also step, logs and saves (whether this step does).
-
-    Raises UserError if a flag contradicts the saved run, if the method has changed since, if a new run would
-    overwrite an unfinished one, or if ckpt is a file of another kind or cannot be written.
+    Raises UserError if a flag or a constant is not that of the saved run, if a new run would overwrite an unfinished
+    one, or if ckpt is a file of another kind or cannot be written.
     """
 
     def __init__(self, args, problem, defaults, constants, ckpt):
@@ -761,7 +712,7 @@ class Run:
             if resume:
                 print(f'{self.state_path} does not exist yet: starting a new run', flush=True)
             return None
-        state = load_checkpoint(self.state_path, state_of(self.problem))
+        state = load_checkpoint(self.state_path, self.problem + STATE)
         if not resume and state['step'] < state['settings']['steps']:
             raise UserError(f'{self.state_path} holds a run at step {state["step"]} of {state["settings"]["steps"]}: '
                             'if it was stopped, add --resume to go on with it, or delete it to start anew')
@@ -776,8 +727,7 @@ class Run:
     def keep(self, name, thing):
         """Return thing, which is saved with the run under name, and restored here by --resume.
 
-        It is a net, which moves to the device, in the memory layout in which it trains fastest; an
-        optimizer; or a tensor or a list, which must then be changed in place.  Call it before steps().
+        It is a net, which moves to the device; an optimizer; or a tensor or a list, which is then changed in place.
         """
         if isinstance(thing, nn.Module):
             thing = fastest_layout(thing.to(self.device))
@@ -795,10 +745,7 @@ class Run:
         return thing
 
     def facts(self, *nets, **facts):
-        """Log what else describes the run: numbers and a checksum of its data; parameters are those of nets.
-
-        A resumed run keeps the record of its start.  Raises UserError if a fact is not what it was then.
-        """
+        """Log the facts of the run and the parameters of nets; UserError if a resumed run had others at its start."""
         facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
         if self.resumed:
             self._check_same(self.state['facts'], facts)
@@ -810,10 +757,7 @@ class Run:
         self.described = facts
 
     def steps(self, log_every, save_every):
-        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save.
-
-        A new run first removes the state of a finished run, so that nothing takes it for its own.
-        """
+        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save."""
         self.start = time.time()
         if self.resumed:
             self.rng.set_state(self.state['rng'])
@@ -823,7 +767,7 @@ class Run:
             self.start -= self.state['seconds']
             self.state = None              # its memory is needed no more
         elif os.path.exists(self.state_path):
-            os.remove(self.state_path)
+            os.remove(self.state_path)     # of a finished run, that nothing takes it for this one's
         for step in range(self.step + 1, self.last_step + 1):
             self.step = step
             self.logs = self.step % log_every == 0 or self.step == self.last_step
@@ -837,10 +781,7 @@ class Run:
         return autocast(self.device, self.precision)
 
     def log(self, **scalars):
-        """Take numbers or one-element tensors into the means of the next record; at its step, log and show it.
-
-        The first four are shown.  Raises UserError if a mean is not finite.
-        """
+        """Take numbers into the means of the next record; at its step log and show it; UserError if not finite."""
         for name, value in scalars.items():
             self.sums[name], self.counts[name] = self.sums.get(name, 0) + value, self.counts.get(name, 0) + 1
         if not self.logs:
@@ -870,7 +811,7 @@ class Run:
         kept = {name: thing.state_dict() if hasattr(thing, 'state_dict') else thing
                 for name, thing in self.kept.items()}
         save_checkpoint(self.state_path, dict(
-            kept, problem=state_of(self.problem), step=self.step, seconds=time.time() - self.start,
+            kept, problem=self.problem + STATE, step=self.step, seconds=time.time() - self.start,
             settings=self.settings, facts=self.described, precision=self.precision,
             command=self.command, chosen=self.chosen, log=self.records, rng=self.rng.get_state(),
             torch_rng=torch.get_rng_state(),
@@ -879,21 +820,17 @@ class Run:
 
     def from_file(self, net, name):
         """Return net in eval() with the weights that were kept under name, or chosen, as the file has them."""
-        state = load_checkpoint(self.state_path, state_of(self.problem))
+        state = load_checkpoint(self.state_path, self.problem + STATE)
         net.load_state_dict(state['chosen']['net'] if name == 'chosen' else state[name])
         return net.to(self.device).eval()
 
     def finish(self, net, config, metrics, **more):
-        """Write the checkpoint of net, which config rebuilds, its SHA-256, and at last the log.
-
-        metrics are what was measured on the test images; more goes into the checkpoint too.
-        """
+        """Write the checkpoint of net, which config rebuilds, and its log; metrics are those on the test images."""
         chosen = {} if self.chosen is None else dict(chosen_step=self.chosen['step'])
         self.records.append(dict(kind='test', step=self.step, **chosen, **metrics))
         save_checkpoint(self.ckpt, dict(
             more, problem=self.problem, step=chosen.get('chosen_step', self.step), config=config,
             net=plain_state(net), settings=self.settings, metrics=metrics, command=self.command))
-        write_sha256(self.ckpt)
         write_log(self.base + '.jsonl', self.records)
         print(self.ckpt + ': ' + ', '.join(f'{name.replace("_", " ")} {value:.5g}' for name, value in metrics.items()))
 
@@ -913,16 +850,8 @@ def base_of(ckpt):
     return ckpt[:-len('.pth')] if ckpt.endswith('.pth') else ckpt
 
 
-def state_of(problem):
-    """Return the name under which the training states of a problem are saved."""
-    return f'{problem} (training state)'
-
-
 def default_path(args, defaults, shipped):
-    """Return the checkpoint of a run: --ckpt or, for a run with the default settings, the shipped one.
-
-    Raises UserError if a flag differs from defaults and no --ckpt is given, since the shipped one would be lost.
-    """
+    """Return the checkpoint of a run: --ckpt or, with default settings, the shipped one; without either UserError."""
     changed = [name for name, value in sorted(given_flags(args, defaults).items()) if value != defaults[name]]
     if changed and not args.ckpt:
         raise UserError(f'only a run with the default settings replaces {shipped}, and --{changed[0]} differs from its '
@@ -931,10 +860,7 @@ def default_path(args, defaults, shipped):
 
 
 def run_path(problem, defaults, settings, name):
-    """Return the checkpoint of a run of problem 3 or 4: one for each target is shipped, others share a folder.
-
-    name says what the run trains; what differs from defaults beside the seed is in the path too.
-    """
+    """Return the checkpoint of a run of problem 3 or 4: the shipped one, or one in a folder, whose name says name."""
     if settings == dict(defaults, target=settings['target'], source=SOURCE_OF[settings['target']]):
         return os.path.join(CHECKPOINTS, f'{problem}_{settings["target"]}.pth')
     changed = ''.join(f'_{other}{settings[other]}' for other in ('steps', 'batch_size')
@@ -944,10 +870,9 @@ def run_path(problem, defaults, settings, name):
 
 
 def read_results(problem, shipped):
-    """Return {name of a row of the table: its results} of problem 3 or 4, from the logs of its finished runs.
+    """Return {row of the table: its results} of problem 3 or 4, from the logs of finished runs; shipped is a row too.
 
-    shipped is the row of the runs that are shipped.  A result is a dict of source, target, seed, log (the path) and
-    what was measured at the end.  Raises UserError if there is no log.
+    A result is a dict of source, target, seed, log (the path) and what was measured.  UserError if there is no log.
     """
     rows = {}
     for path in sorted(glob.glob(os.path.join(CHECKPOINTS, problem + '_*.jsonl'))
@@ -969,10 +894,9 @@ def plain_state(net):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors to path, whole or not at all, as torch 1.4 reads it.
+    """Write a dict of plain values and tensors to path, whole or not at all, in the format that torch 1.4 reads.
 
-    torch 1.6 and newer write a zip file by default, which torch 1.4 refuses.  On a full disk
-    torch.save raises a RuntimeError; through memory it is the OSError that write_whole explains.
+    It goes through memory, since torch.save raises a RuntimeError on a full disk, and write_whole explains an OSError.
     """
     content = io.BytesIO()
     torch.save(checkpoint, content, _use_new_zipfile_serialization=False)
@@ -984,10 +908,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, problem):
-    """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU.
-
-    Raises UserError if path is missing, torn, no checkpoint or one of another problem.
-    """
+    """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU; UserError if it cannot."""
     if not os.path.isfile(path):
         raise UserError(f'there is no checkpoint {path}: train one with {problem.split()[0]}.py --train, or restore it '
                         'with git')
@@ -998,7 +919,7 @@ def load_checkpoint(path, problem):
     except Exception as error:             # a torn file raises nearly anything
         if is_out_of_memory(error):
             raise
-        raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads ({first_line(error)}): '
+        raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads ({str(error)[:80]}): '
                         'name another file, restore it with git or train anew') from error
     if not isinstance(checkpoint, dict) or checkpoint.get('problem') != problem:
         other = checkpoint.get('problem') if isinstance(checkpoint, dict) else None
@@ -1007,40 +928,21 @@ def load_checkpoint(path, problem):
 
 
 def load_net(kind, path, problem, device):
-    """Return (net in eval() on device, checkpoint) of a checkpoint that a Run finished; kind is the class of the net.
-
-    Raises UserError if the weights do not fit the net.
-    """
+    """Return (net of the class kind, in eval() on device, checkpoint) of the file of a finished run, or UserError."""
     checkpoint = load_checkpoint(path, problem)
     try:
         net = kind(**checkpoint['config'])
         net.load_state_dict(checkpoint['net'])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f'{path} does not fit {kind.__name__} ({first_line(error)}): name a file as {problem}.py '
+        raise UserError(f'{path} does not fit {kind.__name__} ({str(error)[:80]}): name a file as {problem}.py '
                         '--train writes it') from error
     return net.to(device).eval(), checkpoint
-
-
-def first_line(error):
-    """Return the kind of an error and the beginning of the first line of its text."""
-    return f'{type(error).__name__}: ' + (str(error).strip().splitlines() or [''])[0][:80]
 
 
 def sha256(path):
     """Return the SHA-256 of a file's content in hexadecimal."""
     with open(path, 'rb') as file:
         return hashlib.sha256(file.read()).hexdigest()
-
-
-def write_sha256(path):
-    """Put path's SHA-256 into the SHA256SUMS beside it, if there is one, as sha256sum prints it."""
-    folder, name = os.path.split(os.path.abspath(path))
-    sums = os.path.join(folder, 'SHA256SUMS')
-    if os.path.exists(sums):
-        with open(sums) as file:
-            lines = [line for line in file.read().splitlines() if line.split()[-1] != name]
-        lines.append(f'{sha256(path)}  {name}')
-        write_text(sums, ''.join(line + '\n' for line in sorted(lines, key=lambda line: line.split()[-1])))
 
 
 def write_log(path, records):

@@ -1,9 +1,8 @@
 """Problem 1: a variational autoencoder that reconstructs and draws 64x64 faces.
 
-Kingma and Welling 2014 (arXiv 1312.6114), with the weight lambda_KL of Higgins et al. 2017 (beta-VAE)
-as the slides ask for it.  Differences from the paper: the net is convolutional with residual blocks,
-lambda_KL is warmed up, gradients are clipped, faces are mirrored at random, and an average of the weights
-over the training steps (EMA) is kept.
+Kingma and Welling 2014 (arXiv 1312.6114), with the weight lambda_KL of Higgins et al. 2017 (beta-VAE), as the slides
+ask for it.  Differences from the paper: the net is convolutional with residual blocks, lambda_KL is warmed up,
+gradients are clipped, faces are mirrored at random, and an average of the weights over the steps (EMA) is kept.
 
     bash hw3_p1.sh fig1_4.png                          draw 32 faces, as the grader does
     python3 p1_vae.py --out faces --n 1000             draw 1,000 single images, to score them
@@ -20,9 +19,9 @@ import os
 import numpy as np
 import torch
 
-from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_output,
-                      data_checksum, make_grid, new_parser, number_between, parse_shared, random_flip, run_command,
-                      save_picture, save_single_images, split_held_out, to_float, to_uint8, write_table, write_text)
+from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_images_out, data_checksum, new_parser,
+                      number_between, parse_shared, random_flip, run_command, save_picture, save_single_images,
+                      split_held_out, to_float, to_uint8, write_table, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, default_path, load_net, on_device,
                     pick_device, read_log, run_batches, sha256, take_step, update_average)
 from report import figures
@@ -47,6 +46,8 @@ GRADIENT_NORM = 0.05         # largest norm of all gradients together
 AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('NET', 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'KL_WARM_UP', 'GRADIENT_NORM', 'AVERAGE_DECAY')
 
 # figures
 FACES = 32                   # in the graded picture
@@ -56,12 +57,6 @@ SWEEP = os.path.join(CHECKPOINTS, 'p1_lambda')                     # logs of oth
 LINEAR_CODE = os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl')    # of tests/benchmark.py
 SAMPLES = os.path.join(CHECKPOINTS, 'p1_samples.jsonl')            # scores of the faces that they draw, likewise
 PUBLISHED = (51.8, 0.00717)  # KL in nats and MSE on ten test faces: see report/references.yml
-
-
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, LEARNING_RATE=LEARNING_RATE, LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP,
-                KL_WARM_UP=KL_WARM_UP, GRADIENT_NORM=GRADIENT_NORM, AVERAGE_DECAY=AVERAGE_DECAY)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -85,10 +80,10 @@ def lambda_kl_at(step, settings):
 
 
 def measure(vae, images, device):
-    """Measure a VAE in eval() on (N, 3, 64, 64) uint8 images.
+    """Measure a VAE in eval() on (N, 3, 64, 64) uint8 images: a dict of means over them.
 
-    Returns a dict of means over the images: mse, of the image decoded from q's mean, and
-    reconstruction, of one decoded from a draw of q (both per pixel in [0, 1]); kl, in nats.
+    mse is that of the image decoded from q's mean, reconstruction of one decoded from a draw of q (both per pixel in
+    [0, 1]); kl is in nats.
     """
     noise = np.random.RandomState(0).standard_normal((len(images), vae.decoder.project.in_features))
 
@@ -98,10 +93,8 @@ def measure(vae, images, device):
         return (((vae.decoder(mean) - x) ** 2).mean((1, 2, 3)), ((draw - x) ** 2).mean((1, 2, 3)),
                 kl_divergence(mean, log_variance))
 
-    mse, reconstruction, kl = run_batches(errors, device, images,
-                                          torch.from_numpy(noise.astype(np.float32)))
-    return dict(mse=mse.mean().item(), reconstruction=reconstruction.mean().item(),
-                kl=kl.mean().item())
+    mse, reconstruction, kl = run_batches(errors, device, images, torch.from_numpy(noise.astype(np.float32)))
+    return dict(mse=mse.mean().item(), reconstruction=reconstruction.mean().item(), kl=kl.mean().item())
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -109,7 +102,8 @@ def measure(vae, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), default_path(args, DEFAULTS, CKPT))
+    constants = {name: globals()[name] for name in CONSTANTS}
+    run = Run(args, PROBLEM, DEFAULTS, constants, default_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
     # data
     faces, test = FaceImages(args.data_dir, 'train'), FaceImages(args.data_dir, 'test')
@@ -158,19 +152,16 @@ def train(args):
 # ------------------------------------------------------------------------------------------- infer
 
 def infer(args):
-    """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
-    if args.n is None:
-        check_output(args.out, PICTURE_ENDINGS)
-    else:
-        check_new_folder(args.out)
+    """Draw faces: one picture at --out, or single images in the folder --out."""
+    single = check_images_out(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     vae = load_net(VAE, args.ckpt or CKPT, PROBLEM, device)[0]
     images = generate_faces(vae, args.n or FACES, args.seed or DEFAULTS['seed'], device)
-    if args.n is None:
-        save_picture(args.out, make_grid(images, COLUMNS))
-    else:
+    if single:
         save_single_images(args.out, images)
+    else:
+        save_picture(args.out, images, COLUMNS)
 
 
 def generate_faces(vae, count, seed, device):
@@ -199,7 +190,7 @@ def plot(args):
     plot_reconstructions(os.path.join(args.out, 'table1_3.jpg'), vae, test, test_means, device)
     for ending in PICTURE_ENDINGS[:2]:     # the report shows the smaller file
         save_picture(os.path.join(args.out, 'fig1_4' + ending),
-                     make_grid(generate_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS))
+                     generate_faces(vae, FACES, DEFAULTS['seed'], device), COLUMNS)
     write_table(os.path.join(args.out, 'table1_5.csv'), [('attribute', 'held-out', 'test')] + [
         (name, figures.rounded(100 * held_out, 1), figures.rounded(100 * of_test, 1))
         for name, (held_out, of_test) in sorted(accuracies.items(), key=lambda item: item[1][0], reverse=True)])
@@ -211,12 +202,10 @@ def plot(args):
 
 
 def attribute_accuracies(faces, train_means, test, test_means):
-    """Say how well a linear classifier reads each attribute from latent means.
+    """Return {attribute: (balanced accuracy on held-out training faces, on test faces)} of linear classifiers.
 
     faces and test are the FaceImages of training and test, train_means and test_means (N, latent_dim) their latent
-    means.  Returns {attribute: (accuracy on held-out training faces, accuracy on test faces)}.  The accuracies are
-    balanced, 0 to 1: the mean of those of the faces with and without the attribute.  Raises UserError where no
-    attribute has faces with and without it in each part, and where there are fewer than ten test faces.
+    means.  Raises UserError where no attribute has faces with and without it in each part.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -271,8 +260,7 @@ def plot_reconstructions(path, vae, test, means, device):
     axes.text(-6, 149, 'MSE', ha='right', va='center')
     for index, error in enumerate(errors.tolist()):
         axes.text(35 + 66 * index, 152, figures.rounded(error, 4), ha='center')
-    axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); '
-                   'MSE per pixel in [0, 1]', pad=14)
+    axes.set_title('Ten test faces, reconstructed from the mean of q(z|x); MSE per pixel in [0, 1]', pad=14)
     figures.save_figure(path, figure)
     write_table(os.path.splitext(path)[0] + '.csv', [('image_name', 'mse')] + [
         (test.names[row], figures.rounded(error, 4)) for row, error in zip(rows, errors.tolist())]
@@ -295,8 +283,7 @@ def plot_walks(path, vae, test, means, attribute, device):
     walks, titles = [], []
     for _ in range(4):
         left, right = rng.choice(len(means), 2, replace=False)
-        walks += [means[left] + (means[right] - means[left]) * share
-                  for share in np.linspace(0, 1, 9)]
+        walks += [means[left] + (means[right] - means[left]) * share for share in np.linspace(0, 1, 9)]
         titles.append(f'{test.names[left][:5]} to {test.names[right][:5]}')
     shown = [attribute] + [name for name in ('Smiling', 'Male', 'Blond_Hair', 'Bangs')
                            if name != attribute and name in test.attributes.columns
@@ -354,8 +341,7 @@ def plot_rate_distortion(path, ckpt, linear):
     axes.plot(*PUBLISHED, '*', color=figures.COLOURS[5], markersize=9,
               label='best public report (ten test faces, trained on 40,000)')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
-             ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log',
-             xlim=(10, 300), ylim=(0.003, 0.02))
+             ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log', xlim=(10, 300), ylim=(0.003, 0.02))
     axes.set_xticks([10, 20, 50, 100, 200])
     axes.set_yticks([0.003, 0.005, 0.01, 0.02])
     axes.xaxis.set_major_formatter('{x:.0f}')
@@ -369,8 +355,9 @@ def plot_rate_distortion(path, ckpt, linear):
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
-    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help='draw so many single images')
+    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture to write or, without an ending, folder of '
+                        'single images')
+    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help=f'faces to draw ({FACES})')
     parser.add_argument('--lambda_kl', type=number_between(0, float('inf'), float),
                         help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
     parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_output, data_checksum, make_grid,
-                      new_parser, number_between, parse_shared, random_flip, read_image, run_command, save_picture,
+from datasets import (PICTURE_ENDINGS, FaceImages, UserError, check_images_out, data_checksum, make_grid, new_parser,
+                      number_between, parse_shared, random_flip, read_image, run_command, save_picture,
                       save_single_images, split_held_out, to_float, to_uint8, to_unit, write_text)
 from models import (CHECKPOINTS, VAE, Discriminator, Generator, Run, base_of, decode_noise, default_path,
                     falling_rate, frechet_distance, load_net, on_device, pick_device, read_log, run_batches, sha256,
@@ -63,8 +63,7 @@ METHODS = dict(              # learning rates of G and of D; G learns at every g
     wgan_div=dict(loss='wasserstein', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5),
     dragan=dict(loss='logistic', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
     r1=dict(loss='logistic', norm='none', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.99), generator_every=1))
-# weight is the mean weight of a method's penalty; every is the number of steps from one penalty to the next, by which
-# it is multiplied
+# weight is the mean weight of a penalty; every, by which it is multiplied, the number of steps from one to the next
 PENALTIES = dict(
     wgan_gp=dict(weight=10, every=1), wgan_div=dict(weight=2, every=1), dragan=dict(weight=10, every=1),
     r1=dict(weight=0.05, every=16))
@@ -72,6 +71,8 @@ FALLING = 1 / 3              # share of the steps over which the learning rates 
 AVERAGE_DECAY = 0.999        # of the average of the generator, per update: the most (see update_average)
 LOG_EVERY = 500              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('NET', 'DISCRIMINATOR_CHANNELS', 'METHODS', 'PENALTIES', 'FALLING', 'AVERAGE_DECAY', 'SCORED')
 SCORED = 1000                # generated faces in a held-out score
 JUDGE = os.path.join(CHECKPOINTS, 'p1_vae.pth')      # problem 1's VAE: its encoder gives the features
 
@@ -83,19 +84,12 @@ SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/be
 COUNTS = os.path.join(CHECKPOINTS, 'p2_counts.jsonl')      # of faces that a reader called broken, likewise
 
 
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, DISCRIMINATOR_CHANNELS=DISCRIMINATOR_CHANNELS, METHODS=METHODS, PENALTIES=PENALTIES,
-                FALLING=FALLING, AVERAGE_DECAY=AVERAGE_DECAY, SCORED=SCORED)
-
-
 # ---------------------------------------------------------------------------- losses and schedules
 
 def discriminator_loss(method, real, fake):
     """Mean loss of the scores (N,) that the discriminator gives to real and generated images, without a penalty.
 
-    logistic: Goodfellow et al. 2014, eq. 1; hinge: Miyato et al. 2018, eq. 16; wasserstein: Gulrajani et al.
-    2017, eq. 3.
+    logistic: Goodfellow et al. 2014, eq. 1; hinge: Miyato et al. 2018, eq. 16; wasserstein: Gulrajani et al., eq. 3.
     """
     loss = METHODS[method]['loss']
     if loss == 'logistic':
@@ -138,12 +132,11 @@ def gradient_penalty(method, score, real, fake, rng):
 
 
 def augment(images, strength, rng):
-    """Change colours, place and a square of each of (N, 3, H, W) images in [-1, 1], differentiably.
+    """Change colours, place and a square of each of (N, 3, H, W) images in [-1, 1], differentiably; 0 changes nothing.
 
-    At strength 1 brightness moves by up to 0.5, saturation is multiplied by 0 to 2 and contrast by 0.5
-    to 1.5, the image moves by up to an eighth and a square of half its side is blanked; 0 changes
-    nothing.  Pixels from outside the image are 0, grey.  Source: Zhao et al. 2020 (DiffAugment), 'color,
-    translation, cutout'.
+    At strength 1 brightness moves by up to 0.5, saturation is multiplied by 0 to 2 and contrast by 0.5 to 1.5, the
+    image moves by up to an eighth, with grey beside it, and a square of half its side is blanked.  Source: Zhao et al.
+    2020 (DiffAugment), 'color, translation, cutout'.
     """
     if strength == 0:
         return images
@@ -177,12 +170,11 @@ def latent_means(judge, images, device):
 def measure(generator, judge, images, device):
     """Score a generator in eval() against (N, 3, 64, 64) uint8 images by judge, a VAE in eval().
 
-    Returns a dict with frechet: the distance between 1,000 generated faces, always of the same noise,
-    and the images, in the VAE's latent means.  0 is best; it falls as N grows, so keep N.
+    frechet is the distance of 1,000 generated faces, always of the same noise, in the VAE's latent means; it falls as
+    N grows, so keep N.
     """
     noise = np.random.RandomState(0).standard_normal((SCORED, generator.project.in_features))
-    generated = run_batches(lambda z: to_unit(generator(z)), device,
-                        torch.from_numpy(noise.astype(np.float32)))
+    generated = run_batches(lambda z: to_unit(generator(z)), device, torch.from_numpy(noise.astype(np.float32)))
     return dict(frechet=frechet_distance(latent_means(judge, to_uint8(generated), device),
                                          latent_means(judge, images, device)))
 
@@ -192,7 +184,8 @@ def measure(generator, judge, images, device):
 def train(args):
     """Train on data_dir/face/train and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), default_path(args, DEFAULTS, CKPT))
+    constants = {name: globals()[name] for name in CONSTANTS}
+    run = Run(args, PROBLEM, DEFAULTS, constants, default_path(args, DEFAULTS, CKPT))
     settings, device, rng = run.settings, run.device, run.rng
     method, strength = settings['method'], settings['augment']
     norm, rates, betas, generator_every = [
@@ -282,25 +275,21 @@ def gradient_norm(net):
 # ------------------------------------------------------------------------------------------- infer
 
 def infer(args):
-    """Draw faces: 32 in one picture at --out, or --n single images in the folder --out."""
-    if args.n is None:
-        check_output(args.out, PICTURE_ENDINGS)
-    else:
-        check_new_folder(args.out)
+    """Draw faces: one picture at --out, or single images in the folder --out."""
+    single = check_images_out(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     generator = load_net(Generator, args.ckpt or CKPT, PROBLEM, device)[0]
     images = generate_faces(generator, args.n or FACES, args.seed or DEFAULTS['seed'], device)
-    if args.n is None:
-        save_picture(args.out, make_grid(images, COLUMNS))
-    else:
+    if single:
         save_single_images(args.out, images)
+    else:
+        save_picture(args.out, images, COLUMNS)
 
 
 def generate_faces(generator, count, seed, device):
     """Generate count faces from N(0, I): (count, 3, 64, 64) uint8."""
-    return decode_noise(lambda z: to_unit(generator(z)), count, generator.project.in_features, seed,
-                        device)
+    return decode_noise(lambda z: to_unit(generator(z)), count, generator.project.in_features, seed, device)
 
 
 # -------------------------------------------------------------------------------------------- plot
@@ -318,10 +307,9 @@ def plot(args):
     discriminator = Discriminator(**checkpoint['discriminator_config'])
     write_text(os.path.join(args.out, 'fig2_1.txt'), f'{generator}\n{discriminator}\n')
     for ending in PICTURE_ENDINGS[:2]:     # the report shows the smaller file
-        save_picture(os.path.join(args.out, 'fig2_2' + ending), make_grid(images, COLUMNS))
+        save_picture(os.path.join(args.out, 'fig2_2' + ending), images, COLUMNS)
     plot_learning_curves(os.path.join(args.out, 'fig2_3.png'), log)
-    plot_comparison(os.path.join(args.out, 'fig2_4.jpg'), ckpt, images, judge, training, scores,
-                    device)
+    plot_comparison(os.path.join(args.out, 'fig2_4.jpg'), ckpt, images, judge, training, scores, device)
     plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
                   generate_faces(generator, COLUMNS, DEFAULTS['seed'], device))
     plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
@@ -330,10 +318,7 @@ def plot(args):
 
 
 def plot_learning_curves(path, log):
-    """fig2_3: losses without the penalty, outputs of the discriminator and held-out score over the images seen.
-
-    The outputs are for augmented images and, with a logistic loss, before a sigmoid.
-    """
+    """fig2_3: losses without the penalty, outputs of the discriminator and held-out score over the images seen."""
     settings = log[0]['settings']
     figure, axes = figures.new_figure(2.6, columns=3)
     curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
@@ -345,8 +330,7 @@ def plot_learning_curves(path, log):
             points = np.array([(record['step'] * settings['batch_size'] / 1000, record[name])
                                for record in records if name in record])
             if name == 'held_out':         # one batch each: a mean over ten takes out the noise
-                points[:, 1] = [points[max(0, end - 10):end, 1].mean()
-                                for end in range(1, len(points) + 1)]
+                points[:, 1] = [points[max(0, end - 10):end, 1].mean() for end in range(1, len(points) + 1)]
             axes[index].plot(*points.T, color=colour, label=label, linewidth=0.7)
         axes[index].set_xlabel('images seen (thousands)')
         axes[index].grid(True)
@@ -370,11 +354,7 @@ def score_of(path, scores):
 
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
-    """fig2_4: VAE against GAN, and the training faces that are nearest to what the GAN draws.
-
-    Near means a small distance between the latent means of problem 1's VAE, over all training faces
-    and their mirror images.
-    """
+    """fig2_4: VAE against GAN, and the training faces or mirror images whose latent means are nearest to the GAN's."""
     figure, axes = figures.new_figure(5.6, rows=2)
     vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
@@ -385,8 +365,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
     axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen; scores of 1,000 of each '
                       'against the test faces', pad=24)
     candidates = torch.cat([training, training.flip(3)])
-    distances = torch.cdist(latent_means(judge, images[:8], device),
-                            latent_means(judge, candidates, device))
+    distances = torch.cdist(latent_means(judge, images[:8], device), latent_means(judge, candidates, device))
     # a face and its mirror image count once
     nearest = torch.min(distances[:, :len(training)], distances[:, len(training):]).argsort(1)[:, :3]
     rows = [images[:8]]
@@ -407,8 +386,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
 
 def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
-    progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [
-        (checkpoint['step'], last)]
+    progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [(checkpoint['step'], last)]
     figure, axes = figures.new_figure(0.56 * len(progress) + 0.4)
     batch_size = checkpoint['settings']['batch_size']
     figures.draw_images(axes, torch.cat([images for _, images in progress]), COLUMNS,
@@ -434,10 +412,7 @@ def plot_walks(path, generator, device):
 
 
 def plot_methods(path, scores, counts, real):
-    """table2: every run that was scored, with eight faces that it draws, or eight real ones (8, 3, 64, 64).
-
-    counts are records of how many of 32 faces a reader called broken; neither they nor scores of real faces have a sum.
-    """
+    """table2: every run that was scored, with eight faces that it draws, or eight real ones (8, 3, 64, 64)."""
     strips = np.concatenate([
         (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
          else make_grid(real, COLUMNS))[:-2] for record in scores])
@@ -464,8 +439,9 @@ def plot_methods(path, scores, counts, real):
 # ----------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture or, with --n, folder to write')
-    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help='draw so many single images')
+    parser = new_parser(PROBLEM, __doc__, DEFAULTS, 'draw faces', 'picture to write or, without an ending, folder of '
+                        'single images')
+    parser.add_argument('--n', type=number_between(1, 2 ** 31 - 1), help=f'faces to draw ({FACES})')
     parser.add_argument('--method', choices=sorted(METHODS),
                         help=f'--train: losses and discriminator ({DEFAULTS["method"]})')
     parser.add_argument('--augment', type=number_between(0, 1, float),

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from datasets import (SOURCE_OF, add_domains, augment_digits, balanced_rows, check_output, data_checksum, new_parser,
                       number_between, parse_shared, read_digits, run_command, split_held_out, to_float,
-                      write_predictions, write_text)
+                      write_table, write_text)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, GradientReversal, Run, accuracy,
                     base_of, cosine_rate, digit_features, domain_accuracy, domain_loss, given_flags, label_folder,
                     load_net, measure_held_out, measure_target, on_device, pick_device, predict_probabilities,
@@ -62,34 +62,24 @@ AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most
 STATISTICS = 5000            # training images, augmented, that give the batch norms their statistics
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('NET', 'DISCRIMINATOR_HIDDEN', 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'REVERSAL', 'ENTROPY',
+             'AVERAGE_DECAY', 'STATISTICS')
 
 # highest accuracy of a DANN in a public report, in percent, for mnistm, svhn and usps as target, mostly
 # chosen on test labels: see report/references.yml
 PUBLISHED = (61.0, 55.9, 75.8)
 
 
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, DISCRIMINATOR_HIDDEN=DISCRIMINATOR_HIDDEN, LEARNING_RATE=LEARNING_RATE,
-                LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP, REVERSAL=REVERSAL, ENTROPY=ENTROPY,
-                AVERAGE_DECAY=AVERAGE_DECAY, STATISTICS=STATISTICS)
-
-
 # ---------------------------------------------------------------------------- losses and schedules
 
 def conditional_entropy(logits):
-    """Mean entropy, in nats, of the predictions that logits (N, 10) are.
-
-    Source: Shu et al. 2018, eq. 6.
-    """
+    """Mean entropy, in nats, of the predictions that logits (N, 10) are: Shu et al. 2018, eq. 6."""
     return -(torch.softmax(logits, 1) * torch.log_softmax(logits, 1)).sum(1).mean()
 
 
 def ramp_at(step, steps):
-    """Factor of REVERSAL and ENTROPY: from 0 at the start to 1 at the end, most of it early on.
-
-    Source: Ganin and Lempitsky 2015 (arXiv 1409.7495), eq. 14.
-    """
+    """Factor of REVERSAL and ENTROPY, from 0 to 1, most of it early: Ganin and Lempitsky 2015 (1409.7495), eq. 14."""
     return 2 / (1 + math.exp(-10 * step / steps)) - 1
 
 
@@ -101,7 +91,7 @@ def train(args):
         defaults = dict(DEFAULTS, target=target, source=SOURCE_OF[target])
         settings = dict(defaults, **given_flags(args, defaults))
         path = args.ckpt or run_path(PROBLEM, DEFAULTS, settings, name_of(settings))
-        train_run(Run(args, PROBLEM, defaults, constants(), path), args.data_dir)
+        train_run(Run(args, PROBLEM, defaults, {name: globals()[name] for name in CONSTANTS}, path), args.data_dir)
 
 
 def name_of(settings):
@@ -199,7 +189,7 @@ def infer(args):
     device = pick_device(args.device or 'cpu')
     names, labels = label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
                                  args.batch_size or DEFAULTS['batch_size'], device)
-    write_predictions(args.out, names, labels)
+    write_table(args.out, [('image_name', 'label')] + list(zip(names, labels)))
 
 
 def shipped(target, **changed):
@@ -213,7 +203,7 @@ def shipped(target, **changed):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    figures.plot_table(os.path.join(args.out, 'table3'), 'Problem 3: DANN', table_rows(), asked=3)
+    write_table(os.path.join(args.out, 'table3.csv'), figures.table_lines(table_rows(), SOURCE_OF))
     figures.plot_domains(os.path.join(args.out, 'fig3_1.jpg'), {
         figures.DOMAIN_NAMES[domain]: read_digits(args.data_dir, domain, 'train')
         for domain in ('usps', 'mnistm', 'svhn')})
@@ -237,7 +227,7 @@ def plot(args):
             entropy='Entropy, target (nats)'))
     figures.plot_confusion(os.path.join(args.out, 'fig3_7.png'), predictions)
     figures.plot_mistakes(os.path.join(args.out, 'fig3_8.jpg'), predictions)
-    print(f'thirteen figures and tables are in {args.out}')
+    print(f'twelve figures and tables are in {args.out}')
 
 
 def plot_tsne(path, title, net, data_dir, source, test, device):

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from datasets import (DIRECTIONS, SOURCE_OF, add_domains, augment_digits, balanced_rows, check_output, data_checksum,
                       new_parser, parse_shared, random_patches, read_digits, run_command, split_held_out, to_float,
-                      write_predictions, write_text)
+                      write_table, write_text)
 from models import (DIGIT_NET, DISCRIMINATOR_HIDDEN, DigitNet, DomainDiscriminator, Run, accuracy, base_of,
                     cosine_rate, digit_features, domain_accuracy, domain_loss, given_flags, label_folder, load_net,
                     measure_held_out, measure_target, on_device, pick_device, predict_probabilities, read_log,
@@ -55,8 +55,7 @@ PROBLEM = 'p4_adda'
 NET = DIGIT_NET
 
 # training
-PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity',
-          'self_training')
+PIECES = ('normalise', 'augment', 'patches', 'anchor', 'conditional', 'teacher', 'diversity', 'self_training')
 CONTROL = 'no_discriminator'
 DEFAULTS = dict(
     steps=8000,              # of one batch of each domain; the first tenth trains on the source alone
@@ -77,6 +76,9 @@ AVERAGE_DECAY = 0.995        # of the average of the weights, the teacher, per s
 STATISTICS = 5000            # training images, as trained on, that give the batch norms their statistics
 LOG_EVERY = 250              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('NET', 'DISCRIMINATOR_HIDDEN', 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'ADVERSARIAL', 'CONFIDENT',
+             'DIVERSITY', 'SHARES_DECAY', 'AVERAGE_DECAY', 'STATISTICS')
 
 # the ablation: rows of (label, pieces), from plain to improved ADDA, and two controls
 ABLATION = tuple(('+ ' + PIECES[count - 1].replace('_', '-') if count else 'plain ADDA', ','.join(PIECES[:count]))
@@ -87,30 +89,17 @@ CONTROLS = (('up to anchor, no discriminator', ','.join(PIECES[:PIECES.index('an
 PUBLISHED = (68.0, 59.2, 86.1)
 
 
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, DISCRIMINATOR_HIDDEN=DISCRIMINATOR_HIDDEN, LEARNING_RATE=LEARNING_RATE,
-                LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP, ADVERSARIAL=ADVERSARIAL, CONFIDENT=CONFIDENT,
-                DIVERSITY=DIVERSITY, SHARES_DECAY=SHARES_DECAY, AVERAGE_DECAY=AVERAGE_DECAY, STATISTICS=STATISTICS)
-
-
 # ---------------------------------------------------------------------------- losses and schedules
 
 def discriminator_input(features, logits, conditional):
-    """Features (N, D), or flattened their products with the ten probabilities: (N, 10 D).
-
-    Source: Long et al. 2018 (arXiv 1705.10667), eq. 7 with the outer product.
-    """
+    """Features (N, D), or their flattened outer product with the probabilities, (N, 10 D): Long et al. 2018, eq. 7."""
     if not conditional:
         return features
     return (torch.softmax(logits, 1).unsqueeze(2) * features.unsqueeze(1)).flatten(1)
 
 
 def adversarial_loss(target):
-    """Mean loss of the discriminator's logits (N,) for target images, with the label of the source domain.
-
-    Source: Tzeng et al. 2017, eq. 9, the third line.
-    """
+    """Mean loss of logits (N,) of target images with the label of the source: Tzeng et al. 2017, eq. 9, third line."""
     return F.softplus(-target).mean()
 
 
@@ -164,7 +153,7 @@ def train(args):
         defaults = dict(DEFAULTS, target=target, source=SOURCE_OF[target])
         settings = dict(defaults, **given_flags(args, defaults))
         path = args.ckpt or run_path(PROBLEM, DEFAULTS, settings, name_of(settings))
-        train_run(Run(args, PROBLEM, defaults, constants(), path), args.data_dir)
+        train_run(Run(args, PROBLEM, defaults, {name: globals()[name] for name in CONSTANTS}, path), args.data_dir)
 
 
 def name_of(settings):
@@ -272,10 +261,7 @@ def train_run(run, data_dir):
 
 
 def augmented_view(images, unlabelled, rows, pieces, rng, device):
-    """Return float images as the nets train on them: changed at random, if the pieces say so.
-
-    unlabelled[rows] are the uint8 images of the target whose pieces may become backgrounds.
-    """
+    """Return float images as the nets train on them; patches of unlabelled[rows] (uint8) may become backgrounds."""
     if 'augment' in pieces:
         patches = None
         if 'patches' in pieces:
@@ -299,7 +285,7 @@ def infer(args):
     device = pick_device(args.device or 'cpu')
     names, labels = label_folder(PROBLEM, args.ckpt or shipped(args.target), args.target, args.images,
                                  args.batch_size or DEFAULTS['batch_size'], device)
-    write_predictions(args.out, names, labels)
+    write_table(args.out, [('image_name', 'label')] + list(zip(names, labels)))
 
 
 def shipped(target, **changed):
@@ -313,9 +299,8 @@ def shipped(target, **changed):
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from weights, logs and images."""
     device = pick_device(args.device or 'cpu')
-    figures.plot_table(os.path.join(args.out, 'table4'), 'Problem 4: improved ADDA', table_rows('asked'), asked=4)
-    figures.plot_table(os.path.join(args.out, 'table4_others'), 'The other directions', table_rows('others'),
-                       directions=DIRECTIONS['others'])
+    for name, directions in (('table4.csv', 'asked'), ('table4_others.csv', 'others')):
+        write_table(os.path.join(args.out, name), figures.table_lines(table_rows(directions), DIRECTIONS[directions]))
     logs, predictions, plain_predictions = {}, {}, {}
     for target, source in sorted(SOURCE_OF.items()):
         title = figures.scenario_name(target)
@@ -337,7 +322,7 @@ def plot(args):
     figures.plot_confusion(os.path.join(args.out, 'fig4_6.png'), predictions)
     figures.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain_predictions)
     figures.plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), predictions)
-    print(f'twelve figures and tables are in {args.out}')
+    print(f'ten figures and tables are in {args.out}')
 
 
 def plot_tsne(path, title, net, data_dir, scenario, test, device):

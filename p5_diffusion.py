@@ -19,15 +19,13 @@ and weights of the guidance too; these scores choose nothing, for the defaults w
 import copy
 import math
 import os
-import textwrap
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (PICTURE_ENDINGS, UserError, check_new_folder, check_output, data_checksum, make_grid, new_parser,
-                      number_between, parse_shared, read_digits, run_command, save_picture, save_single_images,
-                      split_held_out, to_float, to_uint8, to_unit, write_table, write_text)
+from datasets import (UserError, check_images_out, data_checksum, new_parser, number_between, parse_shared, read_digits,
+                      run_command, save_classes, split_held_out, to_float, to_uint8, to_unit, write_table, write_text)
 from models import (CHECKPOINTS, DigitNet, Run, UNet, base_of, check_scores, cosine_rate, default_path, in_threads,
                     load_net, measure_generated, on_device, pick_device, read_log, repeatable, run_batches, sha256,
                     take_step, update_average)
@@ -52,6 +50,8 @@ LABEL_DROPPED = 0.1          # share of the images whose label the U-Net does no
 AVERAGE_DECAY = 0.999        # of the average of the weights, per step: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('NET', 'LEARNING_RATE', 'LEARNING_RATE_WARM_UP', 'NOISE_STEPS', 'LABEL_DROPPED', 'AVERAGE_DECAY')
 JUDGE = os.path.join(CHECKPOINTS, 'p3_runs', 'usps_mnistm', 'target_seed0.pth')     # upper bound of problem 3
 SCORED = 100                 # generated digits of each class in a score
 
@@ -63,12 +63,6 @@ COLUMNS = 10                 # images of each class in the picture
 SINGLE = 100                 # images of each class in a folder
 MOMENTS = (1, 10, 20, 30, 40, 50)                                  # steps of sampling that fig5_3 shows
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')              # of tests/benchmark.py
-
-
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(NET=NET, LEARNING_RATE=LEARNING_RATE, LEARNING_RATE_WARM_UP=LEARNING_RATE_WARM_UP,
-                NOISE_STEPS=NOISE_STEPS, LABEL_DROPPED=LABEL_DROPPED, AVERAGE_DECAY=AVERAGE_DECAY)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -128,7 +122,8 @@ def ddim_sample(noise_in, x, sampling_steps, shown=()):
 def train(args):
     """Train on data_dir/digits/mnistm and write --ckpt; beside it its log and the state to resume."""
     # device and seed
-    run = Run(args, PROBLEM, DEFAULTS, constants(), default_path(args, DEFAULTS, CKPT))
+    constants = {name: globals()[name] for name in CONSTANTS}
+    run = Run(args, PROBLEM, DEFAULTS, constants, default_path(args, DEFAULTS, CKPT))
     device, rng = run.device, run.rng
     # data
     judge = load_net(DigitNet, JUDGE, 'p3_dann', device)[0]
@@ -182,25 +177,13 @@ def train(args):
 
 def infer(args):
     """Draw digits: a row for each class in one picture at --out, or single images in the folder --out."""
-    # a new name that ends in letters, as .png or .gif, is to be a file
-    single = (os.path.isdir(args.out) and not args.out.lower().endswith(PICTURE_ENDINGS)
-              or not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha())
-    if single:
-        check_new_folder(args.out)
-    else:
-        check_output(args.out, PICTURE_ENDINGS)
+    single = check_images_out(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     net = load_net(UNet, args.ckpt or CKPT, PROBLEM, device)[0]
     count = args.n or (SINGLE if single else COLUMNS)
     images = generate_digits(net, count, args.seed or DEFAULTS['seed'], device, args.sampling_steps, args.guidance)
-    images = images.transpose(0, 1).flatten(0, 1)      # class after class
-    if single:
-        digits = max(3, len(str(count)))
-        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:0{digits}d}'
-                                              for index in range(len(images))])
-    else:
-        save_picture(args.out, make_grid(images, count))
+    save_classes(args.out, single, images)
 
 
 def generate_digits(net, count, seed, device, sampling_steps=SAMPLING_STEPS, guidance=GUIDANCE):
@@ -232,12 +215,12 @@ def plot(args):
     net = load_net(UNet, CKPT, PROBLEM, device)[0]
     write_text(os.path.join(args.out, 'fig5_1.txt'), f'{net}\n')
     images = generate_digits(net, COLUMNS, DEFAULTS['seed'], device)
-    save_picture(os.path.join(args.out, 'fig5_2.jpg'), make_grid(images.transpose(0, 1).flatten(0, 1), COLUMNS))
+    save_classes(os.path.join(args.out, 'fig5_2.jpg'), False, images)
     plot_sampling(os.path.join(args.out, 'fig5_3.jpg'), net, device)
     plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
     plot_learning_curve(os.path.join(args.out, 'fig5_5.png'), log)
-    plot_results(os.path.join(args.out, 'table5'), scores)
-    print(f'seven figures and tables are in {args.out}')
+    write_results(os.path.join(args.out, 'table5.csv'), scores)
+    print(f'six figures and tables are in {args.out}')
 
 
 def plot_sampling(path, net, device):
@@ -294,8 +277,8 @@ def plot_learning_curve(path, log):
     figures.save_figure(path, figure)
 
 
-def plot_results(base, scores):
-    """table5.png and .csv: every setting that was scored on 1,000 generated digits, and real digits."""
+def write_results(path, scores):
+    """table5.csv: every setting that was scored on 1,000 generated digits, and real digits."""
     rows = [record for record in scores if record['kind'] == 'digits']
     titles = ('digits', 'sampling steps', 'guidance', 'accuracy (%)', 'Fréchet distance',
               'distance to the nearest training digit: mean', 'first percentile of these', 'images per second')
@@ -304,10 +287,7 @@ def plot_results(base, scores):
               figures.rounded(record['nearest'], 2), figures.rounded(record['nearest_least'], 2),
               figures.rounded(record['images_per_second'], 1) if record['images_per_second'] else '']
              for record in rows]
-    write_table(base + '.csv', [titles] + cells)
-    figures.draw_table(base + '.png', '1,000 generated digits of MNIST-M, 100 of each class, against the test digits',
-                       cells, 0.2 * (len(rows) + 4) + 0.3, head=4, bbox=[0, 0, 1, 1],
-                       colLabels=[textwrap.fill(title, 13) for title in titles])
+    write_table(path, [titles] + cells)
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_new_folder, check_output,
-                      data_checksum, make_grid, new_parser, number_between, parse_shared, random_flip, read_digits,
-                      run_command, save_picture, save_single_images, split_held_out, to_float, to_uint8, to_unit,
-                      write_text)
+from datasets import (ATTRIBUTES, FaceImages, UserError, check_images_out, data_checksum, new_parser, number_between,
+                      parse_shared, random_flip, read_digits, run_command, save_classes, split_held_out, to_float,
+                      to_uint8, to_unit, write_text)
 from models import (CHECKPOINTS, ClassDiscriminator, DigitGenerator, DigitNet, FaceGenerator, Generator, Run, base_of,
                     check_scores, default_path, falling_rate, load_net, measure_generated, on_device, pick_device,
                     read_log, repeatable, run_batches, sha256, take_step, update_average)
@@ -61,6 +60,9 @@ ALONE = dict(digits=0, faces=1000)   # steps at the start in which the discrimin
 AVERAGE_DECAY = 0.999        # of the average of the weights, per update: the most (see update_average)
 LOG_EVERY = 200              # steps
 SAVE_EVERY = 1000            # steps
+# of the method: a run saves them, and --resume refuses changed ones
+CONSTANTS = ('GENERATOR', 'DISCRIMINATOR', 'LEARNING_RATES', 'BETAS', 'FALLING', 'R1_WEIGHT', 'R1_EVERY',
+             'CLASS_WEIGHT', 'ALONE', 'AVERAGE_DECAY')
 JUDGE = os.path.join(CHECKPOINTS, 'p3_runs', 'usps_mnistm', 'target_seed0.pth')     # upper bound of problem 3
 FACES_START = os.path.join(CHECKPOINTS, 'p2_gan.pth')      # first weights of the generator of faces
 SCORED = 100                 # generated digits of each class in a score
@@ -72,13 +74,6 @@ PAPER = os.path.join(CHECKPOINTS, 'p6_acgan_paper.pth')    # a run with the clas
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')      # of tests/benchmark.py
 CURVES = (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'),
           ('class_loss', 'class, discriminator'), ('generator_class_loss', 'class, generator'))
-
-
-def constants():
-    """Return the constants of the method.  A run saves them, so that --resume refuses changed ones."""
-    return dict(GENERATOR=GENERATOR, DISCRIMINATOR=DISCRIMINATOR, LEARNING_RATES=LEARNING_RATES, BETAS=BETAS,
-                FALLING=FALLING, R1_WEIGHT=R1_WEIGHT, R1_EVERY=R1_EVERY, CLASS_WEIGHT=CLASS_WEIGHT, ALONE=ALONE,
-                AVERAGE_DECAY=AVERAGE_DECAY)
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -118,7 +113,8 @@ def train(args):
     data, attribute = args.data or DEFAULTS['data'], args.attribute or DEFAULTS['attribute']
     defaults = dict(DEFAULTS, data=data, attribute=attribute if data == 'faces' else '',
                     **FACES if data == 'faces' else {})
-    run = Run(args, PROBLEM, defaults, constants(), default_path(args, defaults, shipped(data, attribute)))
+    constants = {name: globals()[name] for name in CONSTANTS}
+    run = Run(args, PROBLEM, defaults, constants, default_path(args, defaults, shipped(data, attribute)))
     settings, device, rng = run.settings, run.device, run.rng
     data, attribute = settings['data'], settings['attribute']      # of a resumed run: those of its start
     # data
@@ -214,13 +210,7 @@ def shipped(data, attribute):
 
 def infer(args):
     """Draw images: a row for each class in one picture at --out, or single images in the folder --out."""
-    # a new name that ends in letters, as .png or .gif, is to be a file
-    single = (os.path.isdir(args.out) and not args.out.lower().endswith(PICTURE_ENDINGS)
-              or not os.path.splitext(args.out.rstrip(os.sep))[1][1:].isalpha())
-    if single:
-        check_new_folder(args.out)
-    else:
-        check_output(args.out, PICTURE_ENDINGS)
+    single = check_images_out(args.out)
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     data = args.data or DEFAULTS['data']
@@ -228,13 +218,7 @@ def infer(args):
     generator = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0]
     count = args.n or (SINGLE if single else COLUMNS)
     images = generate_images(generator, count, args.seed or DEFAULTS['seed'], device)
-    images = images.transpose(0, 1).flatten(0, 1)      # class after class
-    if single:
-        digits = max(3, len(str(count)))
-        save_single_images(args.out, images, [f'{index // count}_{index % count + 1:0{digits}d}'
-                                              for index in range(len(images))])
-    else:
-        save_picture(args.out, make_grid(images, count))
+    save_classes(args.out, single, images)
 
 
 def generate_images(generator, count, seed, device):
@@ -265,7 +249,7 @@ def plot(args):
                f'{generators["acgan"]}\n{ClassDiscriminator(**DISCRIMINATOR["digits"])}\n')
     for name, what in (('fig6_2', 'acgan'), ('fig6_5', 'acgan_paper')):
         images = generate_images(generators[what], COLUMNS, DEFAULTS['seed'], device)
-        save_picture(os.path.join(args.out, name + '.jpg'), make_grid(images.transpose(0, 1).flatten(0, 1), COLUMNS))
+        save_classes(os.path.join(args.out, name + '.jpg'), False, images)
     plot_learning_curves(os.path.join(args.out, 'fig6_3.png'), logs)
     plot_pairs(os.path.join(args.out, 'fig6_4.jpg'), generators['faces'], scores, device)
     print(f'five figures are in {args.out}')

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from datasets import SOURCE_OF, make_grid, write_table, write_whole
+from datasets import SOURCE_OF, make_grid, write_whole
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and three more
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000',
@@ -143,8 +143,7 @@ def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
     figure, axes = new_figure(2.5, columns=2)
-    draw_points(axes[0], points, labels, [str(digit) for digit in range(10)],
-                [f'${digit}$' for digit in range(10)])
+    draw_points(axes[0], points, labels, [str(digit) for digit in range(10)], [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
     axes[0].set_title('by digit')
     axes[1].set_title('by domain')
@@ -199,8 +198,7 @@ def plot_confusion(path, predictions):
         counts = np.zeros((10, 10))
         np.add.at(counts, (digits.labels.numpy(), probabilities.argmax(1).numpy()), 1)
         shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-        axes.pcolormesh(np.arange(11) - 0.5, np.arange(11) - 0.5, shares, cmap='Blues', vmin=0,
-                        vmax=100)
+        axes.pcolormesh(np.arange(11) - 0.5, np.arange(11) - 0.5, shares, cmap='Blues', vmin=0, vmax=100)
         axes.invert_yaxis()
         axes.set_aspect('equal')
         for row, column in zip(*np.nonzero(shares > 0.5)):
@@ -243,53 +241,16 @@ def table_cell(values, places):
 
 
 def table_lines(rows, directions):
-    """Return the lines of a table's CSV, in percent, and of each row the text for each scenario.
+    """Return the lines of a table's CSV, in percent: mean and standard deviation over the seeds, and each seed.
 
     rows is a list of (label, results, key of the accuracy); the results may be empty.  directions maps targets to
     sources.
     """
     lines = [['row', 'source', 'target', 'runs', 'mean', 'spread'] + [f'seed {seed}' for seed in SEEDS]]
-    cells = []
     for label, results, key in rows:
-        cells.append([])
         for target, source in sorted(directions.items()):
             by_seed = accuracies(results, target, source, key)
             mean, spread = table_cell(list(by_seed.values()), 2)
             lines.append([label, DOMAIN_NAMES[source], DOMAIN_NAMES[target], str(len(by_seed)), mean, spread]
                          + [rounded(by_seed[seed], 2) if seed in by_seed else '' for seed in SEEDS])
-            cells[-1].append(f'{mean} \u00b1 {spread} ({len(by_seed)})' if spread else
-                             f'{mean} ({len(by_seed)})' if mean else '\u2013')
-    return lines, cells
-
-
-def plot_table(base, title, rows, asked=0, directions=SOURCE_OF):
-    """base.png and base.csv: mean and standard deviation over the seeds; the CSV has each seed too.
-
-    rows and directions are as in table_lines.  The first rows, asked of them, are what the assignment asks for, and
-    bold.
-    """
-    lines, cells = table_lines(rows, directions)
-    write_table(base + '.csv', lines)
-    columns = [scenario_name(*scenario).replace(' to ', ' \u2192 ') for scenario in sorted(directions.items())]
-    draw_table(base + '.png', f'{title}: test accuracy in %, mean \u00b1 standard deviation (number of seeds)', cells,
-               0.22 * len(rows) + 0.6, bold=asked, colLabels=columns, rowLabels=[row[0] for row in rows],
-               bbox=[0.42, 0, 0.58, 1])
-
-
-def draw_table(path, title, cells, height, bold=0, head=1, **options):
-    """Write a table of texts, height inches high, whose head and first bold rows are bold.
-
-    The head is as high as head rows; options are those of matplotlib's table.
-    """
-    figure, axes = new_figure(height)
-    axes.axis('off')
-    table = axes.table(cellText=cells, loc='center', cellLoc='center', **options)
-    table.auto_set_font_size(False)
-    table.set_fontsize(7)
-    for (row, _), cell in table.get_celld().items():
-        cell.set_linewidth(0.5)
-        cell.set_height((head if row == 0 else 1) / (len(cells) + head))
-        if row <= bold:
-            cell.set_text_props(weight='bold')
-    axes.set_title(title)
-    save_figure(path, figure)
+    return lines

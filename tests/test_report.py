@@ -42,7 +42,7 @@ def test_tables_of_the_report_are_those_of_the_logs(tmp_path):
     for name, rows, directions in (('table3', p3_dann.table_rows(), 'asked'),
                                    ('table4', p4_adda.table_rows('asked'), 'asked'),
                                    ('table4_others', p4_adda.table_rows('others'), 'others')):
-        assert build.csv_rows(name) == figures.table_lines(rows, DIRECTIONS[directions])[0][1:]
+        assert build.csv_rows(name) == figures.table_lines(rows, DIRECTIONS[directions])[1:]
     p5_diffusion.plot_results(str(tmp_path / 'table5'), read_log(p5_diffusion.SCORES))
     assert (tmp_path / 'table5.csv').read_text(encoding='utf8') == build.read('figures', 'table5.csv')
 
@@ -78,7 +78,8 @@ def test_runs_of_the_tables_are_of_one_method_and_complete(script, row, runs):
         flags, constants = [{name: value for name, value in log[0]['settings'].items() if name.isupper() == upper}
                             for upper in (False, True)]
         assert run_path(script.PROBLEM, script.DEFAULTS, flags, row) == run['log'][:-len('.jsonl')] + '.pth'
-        assert script.name_of(flags) == row and constants == plain(script.constants()) and len(log) <= 70
+        assert script.name_of(flags) == row and constants == plain(
+            {name: getattr(script, name) for name in script.CONSTANTS}) and len(log) <= 70
         seeds.setdefault((run['target'], run['source']), []).append(run['seed'])
     wanted = [0] if row.startswith('up_to_') else list(figures.SEEDS)
     assert all(sorted(of_scenario) == wanted for of_scenario in seeds.values())
