@@ -318,7 +318,8 @@ def check_images_out(path):
 
     A new name that ends in letters, as .png or .gif, is that of a picture.
     """
-    if not os.path.isdir(path) and os.path.splitext(path.rstrip(os.sep))[1][1:].isalpha():
+    ending = os.path.splitext(path.rstrip(os.sep))[1].lower()
+    if ending in PICTURE_ENDINGS or ending[1:].isalpha() and not os.path.isdir(path):
         check_output(path, PICTURE_ENDINGS)
         return False
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):

@@ -170,7 +170,7 @@ def samples(args):
                       copied_least=float(np.percentile(distances, 1)))
         if name != 'real' and path == p2_gan.SAMPLES:                  # no image of the data set is kept here
             record['picture'] = 'samples/{}_{}.png'.format(name.replace('/', '_'), record['images'])
-            save_picture(os.path.join(CHECKPOINTS, record['picture']), make_grid(images[:8], 8))
+            save_picture(os.path.join(CHECKPOINTS, record['picture']), images[:8], 8)
         print(record, flush=True)
         # read again: another scoring may have run beside this one
         records = [old for old in read_log(path)

@@ -285,13 +285,12 @@ def test_output_is_whole_or_untouched(tmp_path):
     datasets.write_text(str(tmp_path / 'link.txt'), 'gr\u00fcn\n')
     assert path.read_bytes() == 'gr\u00fcn\n'.encode('utf8') and (tmp_path / 'link.txt').is_symlink()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    pixels = np.random.RandomState(0).randint(0, 256, (200, 200, 3)).astype(np.uint8)
-    folder = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 3, 200, 200)).astype(np.uint8))
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))      # what ulimit -f sets, as a full disk
     try:
         for write in (lambda: datasets.write_text(str(path), 'x' * 30000),
-                      lambda: datasets.save_picture(str(path.parent / 'x.png'), pixels),
-                      lambda: datasets.save_single_images(str(path.parent / 'faces'), folder)):
+                      lambda: datasets.save_picture(str(path.parent / 'x.png'), images, 1),
+                      lambda: datasets.save_single_images(str(path.parent / 'faces'), images)):
             with pytest.raises(UserError, match='cannot write .*deep/.*choose a place'):
                 write()
     finally:
