@@ -242,10 +242,8 @@ def plot_learning_curves(path, log):
                 xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
-    axes[0].yaxis.set_major_formatter('{x:g}')
-    axes[0].yaxis.set_minor_formatter('{x:g}')
-    figures.log_axis(axes[1].yaxis)
     for panel in axes:
+        figures.log_axis(panel.yaxis)
         panel.grid(True, which='both')
         panel.legend()
     figures.save_figure(path, figure)
@@ -333,18 +331,18 @@ def plot_rate_distortion(path, ckpt, linear):
     figure, axes = figures.new_figure(2.6)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
     axes.plot(rates, curve, color=figures.COLOURS[6],
-              label='linear code of the training faces (PCA, water-filling), decoded from the mean, test faces')
+              label='linear code (PCA, water-filling)')
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
-              color=figures.COLOURS[0], label='this VAE decoded from the mean, test faces')
+              color=figures.COLOURS[0], label='this VAE, decoded from the mean')
     for kl, mse, lambda_kl in points:
         # aslant, so that the names of neighbours do not meet
         axes.annotate(r'$\lambda_{KL}$ = ' + f'{lambda_kl:.1e}', (kl, mse), xytext=(-3, -5),
                       textcoords='offset points', color=figures.COLOURS[0], ha='right', va='top', rotation=35,
                       rotation_mode='anchor')
     axes.plot(records[0]['kl'], records[0]['reconstruction'], 's', color=figures.COLOURS[0], markersize=5,
-              label='this VAE (shipped) decoded from a draw, test faces')
+              label='this VAE (shipped), decoded from a draw')
     axes.plot(*PUBLISHED, '*', color=figures.COLOURS[5], markersize=8,
-              label='a public report: decoded from a draw, ten test faces, KL of its training')
+              label='a public report, from a draw, ten faces')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
              ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log', xlim=(10, 300), ylim=(0.003, 0.02))
     axes.set_xticks([10, 20, 50, 100, 200])

@@ -349,13 +349,13 @@ def score_of(path, scores):
     of_file = [record for record in scores if record.get('sha256') == sha256(path)]
     if not of_file:
         return 'not scored'
-    return 'clear {}, Fréchet {}, nearest {}'.format(*[figures.rounded(of_file[0][name], places) for name, places in (
+    return 'clear {}, Fréchet {},\nnearest {}'.format(*[figures.rounded(of_file[0][name], places) for name, places in (
         ('clear', 3), ('frechet', 1), ('nearest', 3))])
 
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
     """fig2_4: VAE against GAN, and the training faces or mirror images whose latent means are nearest to the GAN's."""
-    figure, axes = figures.new_figure(4.7, rows=2)
+    figure, axes = figures.new_figure(4.5, rows=2)
     vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
     figures.draw_pixels(axes[0], make_grid(both, 8))
@@ -363,7 +363,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
         axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
     axes[0].plot([265, 265], [0, 266], color=figures.COLOURS[6], linewidth=1)
     axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen; scores of 1,000 of each '
-                      'against the test faces', pad=24)
+                      'against the test faces', pad=34)
     candidates = torch.cat([training, training.flip(3)])
     distances = torch.cdist(latent_means(judge, images[:8], device), latent_means(judge, candidates, device))
     # a face and its mirror image count once
@@ -387,7 +387,7 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
 def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [(checkpoint['step'], last)]
-    figure, axes = figures.new_figure(0.36 * len(progress) + 0.5, width=figures.HALF)
+    figure, axes = figures.new_figure(0.33 * len(progress) + 0.5, width=figures.HALF)
     batch_size = checkpoint['settings']['batch_size']
     figures.draw_images(axes, torch.cat([images for _, images in progress]), COLUMNS,
                         left=[f'{step * batch_size / 1000:,.0f}' for step, _ in progress])

@@ -239,7 +239,7 @@ def plot_sampling(path, net, device):
 
 def plot_scores(path, scores):
     """fig5_4: accuracy and distance over the weight of the guidance and over the number of sampling steps."""
-    figure, all_axes = figures.new_figure(3.0, rows=2, columns=2)
+    figure, all_axes = figures.new_figure(2.6, rows=2, columns=2)
     of_diffusion = [record for record in scores if record['kind'] == 'digits' and record['what'] == 'diffusion']
     others = {record['what']: record for record in scores if record['kind'] == 'digits'}
     for column, (flag, fixed, value, title) in enumerate((

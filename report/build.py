@@ -189,8 +189,8 @@ def gan_values():
 def blind_values():
     """Return what the report says of the blind count: the counts of our picture, of the others and of real faces."""
     pictures = {picture['name']: picture for picture in blind_counts()['pictures']}
-    ours, real = pictures.pop('ours'), pictures.pop('real faces')
-    pictures.pop('ours, --seed 1')
+    ours, real = pictures.pop('our GAN, shipped'), pictures.pop('real faces')
+    pictures.pop('our GAN, --seed 1')
     others = [count for picture in pictures.values() for count in picture['broken']]
     return dict(ours=' and '.join(map(str, ours['broken'])), real=' and '.join(map(str, real['broken'])),
                 least=str(min(others)), most=str(max(others)), margin=str(blind_counts()['margin']))
@@ -313,7 +313,7 @@ def readme_parts(texts):
     headline = (f'An unofficial solution of homework 3 of "Deep Learning for Computer Vision" (NTU, Fall 2020). '
                 f'**It reads {improved[0]}, {improved[1]} and {improved[2]} %\nof the digits of MNIST-M, SVHN and USPS '
                 f'without a label of that domain, after {rounded(minutes, 0)} minutes of training on one CPU core** '
-                f'({CPU}).\n')
+                f'of an {CPU}.\n')
     digits, grading = [], [[f'`bash {script}` (problem {script[5]})'] for script in ('hw3_p3.sh', 'hw3_p4.sh')]
     for target, source in sorted(SOURCE_OF.items()):
         name = scenario_name(target, source) + (' †' if target == 'svhn' else '')
@@ -328,7 +328,7 @@ def readme_parts(texts):
          rounded(100 * log_of(p5_diffusion.CKPT)[-1]['accuracy'], 1)]]
     return dict(
         headline=headline, training=(
-            f'A CPU is one core of an {CPU}, a GPU an NVIDIA H100 that trained other nets at the same time.\n\n'
+            f'The cores are of an {CPU}; the GPU is an NVIDIA H100 that trained other nets at the same time.\n\n'
             + markdown(['command', 'trains', 'time'], trainings(results))),
         grading='Accuracy in % on the kit\'s test images, with the shipped nets (seed 0):\n\n' + markdown(
             ['command'] + [f'`{target}`' for target in sorted(SOURCE_OF)], grading),
