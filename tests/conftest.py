@@ -1,6 +1,8 @@
 """What the tests share: a small data folder drawn here, and the project's commands as users call them."""
+import contextlib
 import csv
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -129,6 +131,17 @@ def start_anew():
     torch.manual_seed(0)
     yield
     torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """In this context no file may have more bytes, as on a full disk: what ulimit -f sets."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_one_line(result, *words, code=1):

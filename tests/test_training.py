@@ -2,7 +2,6 @@
 import itertools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,8 +16,8 @@ import p5_diffusion
 import p6_acgan
 import pytest
 import torch
-from conftest import (ROOT, SMALL, TINY, assert_one_line, assert_same_run, call, records, refusal, run, same, state,
-                      stop, train, weights, write_faces, write_rows)
+from conftest import (ROOT, SMALL, TINY, assert_one_line, assert_same_run, call, file_limit, records, refusal, run,
+                      same, state, stop, train, weights, write_faces, write_rows)
 from datasets import FaceImages, read_digits, split_held_out, to_float, to_uint8
 from models import load_checkpoint, load_net, save_checkpoint, with_statistics
 from PIL import Image
@@ -126,18 +125,6 @@ def test_what_is_logged_is_measured_with_the_net_of_the_file(program, data_dir, 
     assert all(logged[name] == pytest.approx(value, rel=1e-6) for name, value in found.items())
 
 
-def test_nets_of_a_run_are_measured_in_eval(data_dir, tmp_path, monkeypatch):
-    """from_file gives a net in eval(), whatever class it is of."""
-    modes, from_file = [], models.Run.from_file
-
-    def watched(self, net, name):
-        modes.append(from_file(self, net.train(), name).training)
-        return net.eval()
-    monkeypatch.setattr(models.Run, 'from_file', watched)
-    train(p1_vae, data_dir, tmp_path / 'run.pth', '--steps', 1)
-    assert modes == [False]
-
-
 @each(PROGRAMS)
 def test_held_out_images_are_not_trained_on(program, data_dir, tmp_path, monkeypatch):
     """What the loop changes at random are training images; unlabelled ones of the target are too."""
@@ -170,14 +157,7 @@ def test_kl_of_the_vae_counts_in_its_training(data_dir, tmp_path):
         train(p1_vae, data_dir, tmp_path / (name + '.pth'), '--steps', 60, '--lambda_kl', weight, every=60,
               KL_WARM_UP=warm_up)
     none, full, warm = [records(tmp_path / (name + '.pth'), 'train')[-1]['kl'] for name in ('none', 'all', 'warm-up')]
-    assert full < 0.3 * none and warm == pytest.approx(none, rel=1e-2)
-
-
-def test_training_of_the_vae_lowers_its_loss(data_dir, tmp_path):
-    ckpt = tmp_path / 'run.pth'
-    train(p1_vae, data_dir, ckpt, '--steps', 200, every=100)
-    log = records(ckpt, 'train')
-    assert mean_of(log[-10:], 'reconstruction') < 0.8 * mean_of(log[:10], 'reconstruction')
+    assert full < 0.3 * none and full < 0.3 * warm
 
 
 @pytest.mark.parametrize('learner', ['generator', 'discriminator'])
@@ -330,13 +310,6 @@ def test_resume_refuses_another_run(own_data_dir, tmp_path):
     refused('--resume', match='was started with held_out 4, and now it is 3')
 
 
-def test_names_that_differ_behind_a_dot_are_different_runs(data_dir, tmp_path):
-    for name in ('kl0.01', 'kl0.001'):
-        train(p1_vae, data_dir, tmp_path / name, '--steps', 2)
-    assert sorted(os.listdir(str(tmp_path))) == sorted(
-        name + ending for name in ('kl0.01', 'kl0.001') for ending in ('', '.jsonl', '_last.jsonl', '_last.pth'))
-
-
 def test_out_of_memory(data_dir, tmp_path):
     """A batch that is larger than the memory a process may have: one line that names the flag, and no file."""
     words = (f'ulimit -v 12000000; python3 "{ROOT}/p1_vae.py" --train --batch_size 10000000 --data_dir "{data_dir}" '
@@ -347,13 +320,8 @@ def test_out_of_memory(data_dir, tmp_path):
 
 def test_full_disk(data_dir, tmp_path):
     """A limit on the size of a file fails the first save: one line, and nothing half-written."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
-    try:
-        with pytest.raises(SystemExit, match='cannot write .*run_last.pth'):
-            train(p1_vae, data_dir, tmp_path / 'run.pth', '--steps', 9)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_limit(20000), pytest.raises(SystemExit, match='cannot write .*run_last.pth'):
+        train(p1_vae, data_dir, tmp_path / 'run.pth', '--steps', 9)
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -395,14 +363,14 @@ def test_penalty_counts_with_its_weight(data_dir, tmp_path):
     """
     moments = []
     r1 = dict(p2_gan.METHODS['r1'], learning_rates=(0.0, 0.0))
-    for weight, every in ((0.05, 16), (0.8, 1), (0.05, 17)):
+    for weight, every in ((50.0, 16), (800.0, 1), (50.0, 17)):
         ckpt = tmp_path / f'{weight}_{every}.pth'
         train(p2_gan, data_dir, ckpt, '--steps', 16, every=16, METHODS=dict(r1=r1),
               PENALTIES=dict(r1=dict(weight=weight, every=every)))
         optimizer = state(p2_gan, ckpt)['discriminator_optimizer']
         moments.append(optimizer['state'][optimizer['param_groups'][0]['params'][0]]['exp_avg'])
     sixteenth, always, never = moments
-    assert torch.allclose(sixteenth, always, rtol=1e-3, atol=1e-7) and not torch.allclose(sixteenth, never, rtol=1e-2)
+    assert torch.allclose(sixteenth, always, rtol=1e-3, atol=1e-7) and not torch.allclose(sixteenth, never, rtol=0.1)
 
 
 def test_gan_keeps_its_judge(data_dir, tmp_path):
