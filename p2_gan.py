@@ -320,7 +320,7 @@ def plot(args):
 def plot_learning_curves(path, log):
     """fig2_3: losses without the penalty, outputs of the discriminator and held-out score over the images seen."""
     settings = log[0]['settings']
-    figure, axes = figures.new_figure(2.6, columns=3)
+    figure, axes = figures.new_figure(2.1, columns=3)
     curves = ((0, 'train', (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'))),
               (1, 'train', (('real', 'training faces'), ('held_out', 'held-out faces'), ('fake', 'generated faces'))),
               (2, 'held_out', (('frechet', 'averaged weights'),)))
@@ -355,7 +355,7 @@ def score_of(path, scores):
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
     """fig2_4: VAE against GAN, and the training faces or mirror images whose latent means are nearest to the GAN's."""
-    figure, axes = figures.new_figure(5.6, rows=2)
+    figure, axes = figures.new_figure(4.7, rows=2)
     vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
     figures.draw_pixels(axes[0], make_grid(both, 8))
@@ -387,11 +387,11 @@ def plot_comparison(path, ckpt, images, judge, training, scores, device):
 def plot_progress(path, checkpoint, last):
     """fig2_5: the same eight noise vectors as training goes on; last are the faces of the chosen weights."""
     progress = [row for row in checkpoint['progress'] if row[0] < checkpoint['step']] + [(checkpoint['step'], last)]
-    figure, axes = figures.new_figure(0.56 * len(progress) + 0.4)
+    figure, axes = figures.new_figure(0.36 * len(progress) + 0.5, width=figures.HALF)
     batch_size = checkpoint['settings']['batch_size']
     figures.draw_images(axes, torch.cat([images for _, images in progress]), COLUMNS,
                         left=[f'{step * batch_size / 1000:,.0f}' for step, _ in progress])
-    axes.set_title('The same eight noise vectors after so many thousand training images (averaged weights)')
+    axes.set_title('The same eight noise vectors after so many\nthousand training images (averaged weights)')
     figures.save_figure(path, figure)
 
 
@@ -405,9 +405,9 @@ def plot_walks(path, generator, device):
                   for share in np.linspace(0, 1, 9)]
     noise = torch.from_numpy(np.array(walks, np.float32))
     generated = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
-    figure, axes = figures.new_figure(3.6)
-    figures.draw_images(axes, generated, 9, above=['first'] + [f'{share}/8' for share in range(1, 8)] + ['second'])
-    axes.set_title('Walks between two noise vectors, along the great circle', pad=14)
+    figure, axes = figures.new_figure(2.7, width=figures.HALF)
+    figures.draw_images(axes, generated, 9, above=['first'] + [f'{share}/8' for share in range(1, 8)] + ['last'])
+    axes.set_title('Walks between two noise vectors,\nalong the great circle', pad=14)
     figures.save_figure(path, figure)
 
 
@@ -416,7 +416,7 @@ def plot_methods(path, scores, counts, real):
     strips = np.concatenate([
         (read_image(os.path.join(os.path.dirname(SAMPLES), record['picture']), None) if 'picture' in record
          else make_grid(real, COLUMNS))[:-2] for record in scores])
-    broken = {record.get('sha256'): record['broken'] for record in counts}
+    broken = {record.get('sha256'): record['broken'] for record in counts if record.get('kind', 'count') == 'count'}
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (420, 'right', 'images seen', '{images:,}'),
                (500, 'right', 'own', '{own}'), (600, 'right', 'clear', '{clear}'),

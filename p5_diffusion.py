@@ -230,16 +230,16 @@ def plot_sampling(path, net, device):
     with torch.no_grad(), repeatable():
         _, expected = ddim_sample(lambda x, step: guided_noise(net, x, step, label, GUIDANCE),
                                   torch.from_numpy(noise).to(device), SAMPLING_STEPS, MOMENTS)
-    figure, axes = figures.new_figure(1.8)
+    figure, axes = figures.new_figure(1.3, width=figures.HALF)
     figures.draw_images(axes, to_uint8(to_unit(torch.cat(expected)).cpu()), len(MOMENTS),
-                        above=[f'step {moment}' for moment in MOMENTS])
-    axes.set_title(f'The first 0 as it is expected after some of {SAMPLING_STEPS} steps', pad=18)
+                        above=[str(moment) for moment in MOMENTS])
+    axes.set_title(f'The first 0, expected after some of {SAMPLING_STEPS} steps', pad=14)
     figures.save_figure(path, figure)
 
 
 def plot_scores(path, scores):
     """fig5_4: accuracy and distance over the weight of the guidance and over the number of sampling steps."""
-    figure, all_axes = figures.new_figure(4.4, rows=2, columns=2)
+    figure, all_axes = figures.new_figure(3.0, rows=2, columns=2)
     of_diffusion = [record for record in scores if record['kind'] == 'digits' and record['what'] == 'diffusion']
     others = {record['what']: record for record in scores if record['kind'] == 'digits'}
     for column, (flag, fixed, value, title) in enumerate((
@@ -265,12 +265,13 @@ def plot_scores(path, scores):
 
 def plot_learning_curve(path, log):
     """fig5_5: the error of the noise over the images seen; on held-out images that of the averaged weights."""
-    figure, axes = figures.new_figure(2.6)
+    figure, axes = figures.new_figure(1.9, width=figures.HALF)
     for kind, style, label in (('train', '-', 'training'), ('held_out', '--', 'held-out')):
         records = [record for record in log if record['kind'] == kind]
         axes.plot([record['step'] * log[0]['settings']['batch_size'] / 1000 for record in records],
                   [record['noise_loss'] for record in records], style, color=figures.COLOURS[0], label=label)
-    axes.set(title='Error of the noise', xlabel='images seen (thousands)', ylabel='mean squared error', yscale='log')
+    axes.set(title='Error of the noise', xlabel='images seen (thousands)', ylabel='mean squared error',
+             yscale='log')
     figures.log_axis(axes.yaxis)
     axes.grid(True)
     axes.legend()

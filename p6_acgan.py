@@ -258,7 +258,7 @@ def plot(args):
 def plot_learning_curves(path, logs):
     """fig6_3: the losses over the images seen."""
     titles = dict(acgan='digits, our class loss', acgan_paper="digits, the paper's", faces='faces, our class loss')
-    figure, all_axes = figures.new_figure(2.6, columns=3)
+    figure, all_axes = figures.new_figure(2.4, columns=3)
     for axes, (what, log) in zip(all_axes, logs.items()):
         records = [record for record in log if record['kind'] == 'train' and 'generator_loss' in record]
         images_seen = [record['step'] * log[0]['settings']['batch_size'] / 1000 for record in records]

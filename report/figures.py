@@ -15,6 +15,7 @@ from datasets import SOURCE_OF, make_grid, write_whole
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000',
            '#882255', '#999999', '#666600')
 WIDTH = 6.5                  # inches, at which the report prints figures; their letters have 7 to 9 points
+HALF = 3.2                   # of two figures side by side
 MARGIN = 8                   # white rows of pixels above and below a figure
 STYLE = {'font.size': 7, 'axes.titlesize': 8, 'figure.titlesize': 9, 'axes.linewidth': 0.6, 'lines.linewidth': 0.9,
          'lines.markersize': 3, 'grid.alpha': 0.25}
@@ -22,12 +23,13 @@ DOMAIN_NAMES = {'mnistm': 'MNIST-M', 'svhn': 'SVHN', 'usps': 'USPS'}     # as fi
 SEEDS = (0, 1, 2)            # of the tables of problems 3 and 4
 PER_DOMAIN = 500             # test images of each domain in a t-SNE figure
 MISTAKES = 20                # wrong predictions of a scenario in a figure
+NEIGHBOURS = 10              # of a test image in the space of the features
 
 
 # ------------------------------------------------------------------------------------------ style
 
-def new_figure(height, rows=1, columns=1):
-    """Return a matplotlib figure of WIDTH x height inches and its axes, rows x columns of them.
+def new_figure(height, rows=1, columns=1, width=WIDTH):
+    """Return a matplotlib figure of width x height inches and its axes, rows x columns of them.
 
     Made without pyplot, which would look for a screen.
     """
@@ -38,7 +40,7 @@ def new_figure(height, rows=1, columns=1):
     from matplotlib.figure import Figure
     matplotlib.rcdefaults()                # whatever a user's matplotlibrc says
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)
 
@@ -117,14 +119,14 @@ def draw_points(axes, points, labels, names, markers=None):
 
     The axes have no scale, since distances that t-SNE draws between groups mean nothing.
     """
-    size, alpha = (9, 0.75) if markers is None else (22, 1)      # a written marker has thin strokes
+    size, alpha = (7, 0.75) if markers is None else (18, 1)      # a written marker has thin strokes
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
         axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=(markers or 'o^')[label],
                      alpha=alpha, linewidths=0, label=name)
     axes.set(xlabel='t-SNE dimension 1', ylabel='t-SNE dimension 2', xticks=[], yticks=[])
-    if markers is None:                    # below the points; written digits need no legend
-        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.06), ncol=len(names), handletextpad=0.1, frameon=False)
+    if markers is None:                    # written digits need no legend
+        axes.legend(loc='best', handletextpad=0.1, borderpad=0.2, framealpha=0.6)
 
 
 def pick_test_images(digits):
@@ -139,15 +141,25 @@ def pick_test_images(digits):
     return images, labels.numpy(), np.repeat([0, 1], count)
 
 
+def same_digit_share(features, labels, domains):
+    """Return the share of target images' NEIGHBOURS nearest images in (N, D) features that show the same digit.
+
+    The neighbours may be of either domain (0 the source, 1 the target); an image is not its own neighbour.
+    """
+    distances = torch.cdist(features, features)
+    distances.fill_diagonal_(float('inf'))
+    neighbours = distances.argsort(1)[:, :NEIGHBOURS].numpy()
+    return float((labels[neighbours] == labels[:, None])[domains == 1].mean())
+
+
 def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
-    figure, axes = new_figure(2.5, columns=2)
+    figure, axes = new_figure(2.0, columns=2)
     draw_points(axes[0], points, labels, [str(digit) for digit in range(10)], [f'${digit}$' for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
-    axes[0].set_title('by digit')
-    axes[1].set_title('by domain')
-    figure.suptitle(f'{title}: {len(points) // 2} test images of each domain')
+    axes[0].set_title(f'{title}, by digit')
+    axes[1].set_title(f'{title}, by domain')
     save_figure(path, figure)
 
 
@@ -155,7 +167,7 @@ def plot_features(path, title, features, labels, domains):
 
 def plot_domains(path, domains):
     """A row of eight images of each of domains (a dict from titles to DigitImages), the same at every call."""
-    figure, all_axes = new_figure(1.15 * len(domains), rows=len(domains))
+    figure, all_axes = new_figure(0.65 * len(domains), rows=len(domains), width=HALF)
     for axes, (title, digits) in zip(all_axes, domains.items()):
         chosen = np.random.RandomState(0).permutation(len(digits.names))[:8]
         draw_pixels(axes, make_grid(digits.images[torch.from_numpy(chosen)], columns=8))
@@ -169,7 +181,7 @@ def plot_digit_curves(path, logs, scalars, legend, lines=()):
     logs maps titles to logs, scalars the names of three scalars to titles of axes; legend is the place of the legend
     in the last axes, lines are the steps at which a dashed line stands.
     """
-    figure, axes = new_figure(2.4, columns=3)
+    figure, axes = new_figure(2.0, columns=3)
     for panel, (name, title) in zip(axes, scalars.items()):
         for colour, (label, log) in zip(COLOURS, logs.items()):
             points = [(record['step'], record[name]) for record in log if name in record]
@@ -193,7 +205,7 @@ def plot_confusion(path, predictions):
 
     predictions maps the title of a scenario to (DigitImages, probabilities (N, 10)); so it does below.
     """
-    figure, all_axes = new_figure(2.7, columns=3)
+    figure, all_axes = new_figure(2.5, columns=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, predictions.items()):
         counts = np.zeros((10, 10))
         np.add.at(counts, (digits.labels.numpy(), probabilities.argmax(1).numpy()), 1)
@@ -212,17 +224,40 @@ def plot_confusion(path, predictions):
 
 def plot_mistakes(path, predictions):
     """The wrong predictions with the highest probability of each scenario, most confident first."""
-    figure, all_axes = new_figure(4.3, rows=3)
+    figure, all_axes = new_figure(2.2, rows=3)
     for axes, (title, (digits, probabilities)) in zip(all_axes, predictions.items()):
         confidence, classes = probabilities.max(1)
         wrong = torch.nonzero(classes != digits.labels).flatten()
         wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES]
         if len(wrong):
-            draw_pixels(axes, make_grid(digits.images[wrong], columns=10, gap=10))
+            draw_pixels(axes, make_grid(digits.images[wrong], columns=MISTAKES, gap=4))
         for index, row in enumerate(wrong.tolist()):
-            axes.text(24 + 38 * (index % 10), 8 + 38 * (index // 10), ha='center',
-                      s=f'{digits.labels[row]} as {classes[row]}')
-        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (true digit as predicted digit)')
+            axes.text(18 + 32 * index, 0, f'{digits.labels[row]} \u2192 {classes[row]}', ha='center')
+        axes.set_title(f'{title}: {len(wrong)} most confident mistakes (label \u2192 predicted digit)', pad=12)
+    save_figure(path, figure)
+
+
+def plot_bars(path, rows):
+    """The accuracies of the runs of a table's rows for the assignment's three scenarios, as bars.
+
+    rows is as in table_lines.  A bar is the mean over the seeds, and the line on it the standard deviation.
+    """
+    figure, axes = new_figure(1.9)
+    width = 0.8 / len(rows)
+    scenarios = sorted(SOURCE_OF.items())
+    colours = [COLOURS[index] for index in (8, 4, 0, 6)]
+    for index, (colour, (label, results, key)) in enumerate(zip(colours, rows)):
+        values = [list(accuracies(results, *scenario, key=key).values()) for scenario in scenarios]
+        places = np.arange(len(scenarios)) + width * (index - (len(rows) - 1) / 2)
+        means, spreads = [np.mean(of_scenario) for of_scenario in values], [
+            np.std(of_scenario, ddof=1) if len(of_scenario) > 1 else 0 for of_scenario in values]
+        axes.bar(places, means, width, yerr=spreads, color=colour, label=label, ecolor=COLOURS[5],
+                 error_kw=dict(elinewidth=1, capsize=2))
+        for place, mean in zip(places, means):
+            axes.text(place, mean + 2.5, rounded(mean, 1), ha='center')
+    axes.set(ylim=(0, 112), ylabel='test accuracy (%)', xticks=range(len(scenarios)), yticks=range(0, 101, 20))
+    axes.set_xticklabels([scenario_name(*scenario) for scenario in scenarios], fontsize=8)
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, 1.16), ncol=len(rows), frameon=False)
     save_figure(path, figure)
 
 
