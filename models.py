@@ -919,8 +919,9 @@ def load_checkpoint(path, problem):
     except Exception as error:             # a torn file raises nearly anything
         if is_out_of_memory(error):
             raise
-        raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads ({str(error)[:80]}): '
-                        'name another file, restore it with git or train anew') from error
+        raise UserError(f'{path} is torn, or no checkpoint that torch {torch.__version__} reads '
+                        f'({type(error).__name__}: {str(error)[:80]}): name another file, restore it with git or '
+                        'train anew') from error
     if not isinstance(checkpoint, dict) or checkpoint.get('problem') != problem:
         other = checkpoint.get('problem') if isinstance(checkpoint, dict) else None
         raise UserError(f'{path} is a checkpoint of {other or "something else"}, not of {problem}: name another file')
@@ -934,8 +935,8 @@ def load_net(kind, path, problem, device):
         net = kind(**checkpoint['config'])
         net.load_state_dict(checkpoint['net'])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f'{path} does not fit {kind.__name__} ({str(error)[:80]}): name a file as {problem}.py '
-                        '--train writes it') from error
+        raise UserError(f'{path} does not fit {kind.__name__} ({type(error).__name__}: {str(error)[:80]}): '
+                        f'name a file as {problem}.py --train writes it') from error
     return net.to(device).eval(), checkpoint
 
 

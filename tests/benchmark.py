@@ -31,7 +31,7 @@ import p5_diffusion                                                             
 import p6_acgan                                                                     # noqa: E402
 from datasets import (FaceImages, list_images, make_grid, read_digits, save_picture, save_single_images,     # noqa: E402
                       split_held_out, to_float)
-from models import (CHECKPOINTS, VAE, ClassGenerator, DigitNet, Generator, UNet, accuracy, digit_features,   # noqa: E402
+from models import (CHECKPOINTS, VAE, DigitNet, Generator, UNet, accuracy, digit_features,   # noqa: E402
                     frechet_distance, load_net, measure_generated, read_log, sha256, write_log)
 
 CPU = torch.device('cpu')
@@ -218,7 +218,8 @@ def conditional(args):
     distance to the test digits in its features, nearest and nearest_least the mean and the lowest percentile of the
     distances to the nearest training digit there.  The row 'real' has the judge's accuracy on the test digits, the
     distance from as many training digits to the test digits, and those from held-out digits to the nearest other
-    training digit.  Faces are read by logistic regression on latent means of problem 1's VAE.
+    training digit.  Weights that have a score keep it.  Faces are read by logistic regression on latent means of
+    problem 1's VAE.
     """
     judge = load_net(DigitNet, p5_diffusion.JUDGE, 'p3_dann', CPU)[0]
     digits, test = [read_digits(args.data_dir, 'mnistm', split) for split in ('train', 'test')]
@@ -236,18 +237,24 @@ def conditional(args):
         accuracy=accuracy(judge, test.images, test.labels, CPU),
         frechet=frechet_distance(some, digit_features(judge, test.images, CPU)), **nearest(features[val_rows]))]
     records.append(conditional_faces(args.data_dir))
-    ckpts = dict(diffusion=p5_diffusion.CKPT, acgan=p6_acgan.shipped('digits', ''))
+    ckpts = dict(diffusion=p5_diffusion.CKPT, acgan=p6_acgan.shipped('digits', ''), acgan_paper=p6_acgan.PAPER)
+    labels = dict(acgan='ACGAN', acgan_paper='ACGAN, class loss of the paper')
+    scored = {(record['what'], record['sampling_steps'], record['guidance'], record.get('sha256')): record
+              for record in read_log(p5_diffusion.SCORES) if record['kind'] == 'digits'}
     unet = load_net(UNet, ckpts['diffusion'], p5_diffusion.PROBLEM, CPU)[0]
-    generator = load_net(ClassGenerator, ckpts['acgan'], p6_acgan.PROBLEM, CPU)[0]
-    for what, steps, guidance in [('acgan', '', '')] + [('diffusion', *setting) for setting in SETTINGS]:
-        start = time.time()
-        if what == 'acgan':
+    for what, steps, guidance in [(what, '', '') for what in labels] + [('diffusion', *values) for values in SETTINGS]:
+        start, same = time.time(), scored.get((what, steps, guidance, sha256(ckpts[what])))
+        if same:                           # these very weights have a score
+            records.append(same)
+            continue
+        if what in labels:
+            generator = load_net(p6_acgan.GENERATORS['digits'], ckpts[what], p6_acgan.PROBLEM, CPU)[0]
             generated = p6_acgan.generate_images(generator, p6_acgan.SCORED, 0, CPU)
         else:
             generated = p5_diffusion.generate_digits(unet, p5_diffusion.SCORED, 0, CPU, steps, guidance)
         speed = 10 * len(generated) / (time.time() - start)
         records.append(dict(
-            kind='digits', what=what, label='ACGAN' if what == 'acgan' else what, sha256=sha256(ckpts[what]),
+            kind='digits', what=what, label=labels.get(what, what), sha256=sha256(ckpts[what]),
             sampling_steps=steps, guidance=guidance, images_per_second=speed, cores=os.cpu_count(),
             **measure_generated(generated, judge, test.images, CPU),
             **nearest(digit_features(judge, generated.flatten(0, 1), CPU))))
@@ -260,7 +267,7 @@ def conditional_faces(data_dir):
     from sklearn.linear_model import LogisticRegression
     attribute, judge = p6_acgan.DEFAULTS['attribute'], load_net(VAE, p2_gan.JUDGE, 'p1_vae', CPU)[0]
     ckpt = p6_acgan.shipped('faces', attribute)
-    generator = load_net(ClassGenerator, ckpt, p6_acgan.PROBLEM, CPU)[0]
+    generator = load_net(p6_acgan.GENERATORS['faces'], ckpt, p6_acgan.PROBLEM, CPU)[0]
     faces, test = [FaceImages(data_dir, split) for split in ('train', 'test')]
     generated = p6_acgan.generate_images(generator, 500, 0, CPU).flatten(0, 1)
     train_means, test_means, means = [p2_gan.latent_means(judge, images, CPU).numpy()

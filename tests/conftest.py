@@ -1,14 +1,11 @@
 """What the tests share: a small data folder drawn here, and the project's commands as users call them."""
+import contextlib
 import csv
-import json
-import multiprocessing
 import os
+import resource
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -20,7 +17,16 @@ sys.path.insert(0, ROOT)
 # two tests run side by side on two cores: more threads would wait for each other
 os.environ['OMP_NUM_THREADS'] = '1'
 
+import torch                                                                        # noqa: E402
+
 import datasets                                                                     # noqa: E402
+import models                                                                       # noqa: E402
+import p1_vae                                                                       # noqa: E402
+import p2_gan                                                                       # noqa: E402
+import p3_dann                                                                      # noqa: E402
+import p4_adda                                                                      # noqa: E402
+import p5_diffusion                                                                 # noqa: E402
+import p6_acgan                                                                     # noqa: E402
 
 ATTRIBUTES = ['Bangs', 'Blond_Hair', 'Male', 'Smiling']
 
@@ -34,60 +40,72 @@ def run(command, cwd=ROOT, timeout=300, **environment):
                           stdin=subprocess.DEVNULL, universal_newlines=True)
 
 
-# a server that has imported what takes long; of the scripts nothing, since a test may run a copy of them
-SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['pytest', 'torch', 'torch._dynamo'])
+# nets of a few channels that learn and log at every step and save often, in float32, which the clock does not choose
+TINY = [4, 6, 8, 10]
+SMALL = {
+    p1_vae: dict(NET=dict(latent_dim=6, channels=TINY), LEARNING_RATE_WARM_UP=5),
+    p2_gan: dict(NET=dict(latent_dim=6, channels=TINY), DISCRIMINATOR_CHANNELS=TINY, SCORED=16, METHODS=dict(
+        p2_gan.METHODS, r1=dict(p2_gan.METHODS['r1'], learning_rates=(1e-2, 1e-2)))),    # else its faces stay flat
+    p3_dann: dict(NET=dict(channels=[4, 6, 8], dropout=0.5), LEARNING_RATE_WARM_UP=5),
+    p4_adda: dict(NET=dict(channels=[4, 6, 8], dropout=0.5), LEARNING_RATE_WARM_UP=2),
+    p5_diffusion: dict(NET=dict(channels=[8, 16], conditioning=8, classes=10), SCORED=2, LEARNING_RATE_WARM_UP=2,
+                       JUDGE=os.path.join(ROOT, 'checkpoints', 'p3_dann_mnistm.pth')),
+    p6_acgan: dict(LEARNING_RATES=dict(digits=(5e-3, 5e-3), faces=(5e-3, 5e-3)), ALONE=dict(digits=0, faces=3),
+                   GENERATOR=dict(digits=dict(latent_dim=4, classes=10, channels=[4, 6], size=28),
+                                  faces=dict(latent_dim=128, classes=2, channels=[64, 128, 256, 512])),
+                   DISCRIMINATOR=dict(digits=dict(classes=10, channels=[4, 6, 8], size=28),
+                                      faces=dict(classes=2, channels=TINY, size=64)), SCORED=2, R1_EVERY=4,
+                   JUDGE=os.path.join(ROOT, 'checkpoints', 'p3_dann_mnistm.pth'))}
 
 
-def execute(words, cwd, folder):
-    """Be python3 -c in the folder cwd, with its output in files of another folder."""
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(str(cwd))
-    sys.argv = words[1:2] + words[3:]
-    exec(words[2], {'__name__': '__main__'})
+def train(program, data_dir, ckpt, *words, every=5, **constants):
+    """Train small nets of a program to ckpt in this process, saving at each every-th step; constants are its own."""
+    flags = ['--target', 'mnistm'] if program in (p3_dann, p4_adda) else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, 'pick_precision', lambda device: 'fp32')
+        for name, value in dict(dict(SMALL[program], LOG_EVERY=1, SAVE_EVERY=every), **constants).items():
+            patch.setattr(program, name, value)
+        call(program, '--train', '--data_dir', data_dir, '--ckpt', ckpt, '--batch_size', 4, '--device', 'cpu',
+             *flags + list(words))
 
 
-def start_code(command, cwd, folder):
-    """Start a command, python3 -c with its words, as a process that is forked from the server."""
-    words = [str(word) for word in command]
-    assert words[:2] == ['python3', '-c']
-    process = SERVER.Process(target=execute, args=(words, cwd, folder))
-    process.start()
-    return process
+def stop(program, data_dir, ckpt, *words, at, **constants):
+    """Train as train does, and stop after step at: what came after the last save is lost, as if it was killed."""
+    log = models.Run.log
+
+    def log_and_stop(run, **scalars):
+        log(run, **scalars)
+        if run.step == at:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='stopped by the keyboard'):
+        patch.setattr(models.Run, 'log', log_and_stop)
+        train(program, data_dir, ckpt, *words, **constants)
 
 
-def output(folder):
-    """What a command that start_code started has written to stdout and stderr."""
-    texts = []
-    for name in ('stdout', 'stderr'):
-        with open(os.path.join(folder, name), encoding='utf8') as file:
-            texts.append(file.read())
-    return texts
+def weights(program, ckpt):
+    return models.load_checkpoint(str(ckpt), program.PROBLEM)['net']
 
 
-def run_code(command, cwd=ROOT, timeout=300):
-    """Run a command of start_code to its end.  Returns what run returns, but some seconds sooner."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = start_code(command, cwd, folder)
-        process.join(timeout)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, process.exitcode, *output(folder))
+def state(program, ckpt):
+    """What a run has saved to go on from."""
+    return models.load_checkpoint(str(ckpt).replace('.pth', '_last.pth'), program.PROBLEM + models.STATE)
 
 
-def kill_code(command, condition):
-    """Start a command of start_code and kill it (kill -9) as soon as condition() holds."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = start_code(command, ROOT, folder)
-        while not condition():
-            assert process.exitcode is None, 'the run ended before it could be killed: ' + output(folder)[1]
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    # the server of Python 3.6 does not know which signal it was
-    assert process.exitcode == (255 if sys.version_info < (3, 7) else -signal.SIGKILL)
+def records(ckpt, kind, ending='.jsonl'):
+    """What the log says of a kind of record, without what the clock decides."""
+    return [{name: value for name, value in record.items() if name != 'images_per_second'}
+            for record in models.read_log(str(ckpt).replace('.pth', ending)) if record['kind'] == kind]
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def assert_same_run(program, one, two):
+    """Two runs have the same weights and the same log."""
+    assert same(weights(program, one), weights(program, two))
+    for kind in ('train', 'held_out', 'test'):
+        assert records(one, kind) == records(two, kind)
 
 
 def call(program, *words):
@@ -107,9 +125,23 @@ def refusal(capsys, program, *words):
 
 
 @pytest.fixture(autouse=True)
-def read_anew():
-    """Digits that an earlier test has read are read again, for it may have changed them."""
+def start_anew():
+    """Digits are read again, for an earlier test may have changed them; a Run's settings of torch are taken back."""
     datasets.read_digits.cache_clear()
+    torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """In this context no file may have more bytes, as on a full disk: what ulimit -f sets."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_one_line(result, *words, code=1):
@@ -119,24 +151,6 @@ def assert_one_line(result, *words, code=1):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert str(word) in lines[0]
-
-
-def refusals(program, rows, cwd):
-    """What a program says to each row of flags: exit code and stderr; in one process, which is quicker."""
-    code = (f'import contextlib, io, json, sys; sys.path.insert(0, {ROOT!r}); import {program} as program\n'
-            f'sys.argv[0], found = "{program}.py", []\n'
-            'for flags in json.loads(sys.argv[1]):\n'
-            '    stderr = io.StringIO()\n'
-            '    with contextlib.redirect_stderr(stderr):\n'
-            '        try:\n'
-            '            program.main(flags)\n'
-            '            found.append((0, stderr.getvalue()))\n'
-            '        except SystemExit as error:\n'
-            '            found.append((error.code, stderr.getvalue()))\n'
-            'print(json.dumps(found))')
-    result = run_code(['python3', '-c', code, json.dumps(rows)], cwd)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def draw_face(rng):

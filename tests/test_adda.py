@@ -87,13 +87,6 @@ def test_nuclear_norm_is_highest_for_sure_and_even_predictions():
     assert nuclear_norm(halves) == pytest.approx(values.sum() / 500 ** 0.5, rel=1e-5)
 
 
-def test_learning_rate_has_a_schedule_for_either_part():
-    rates = [p4_adda.learning_rate_at(step, 300, 1300) for step in range(1, 1301)]
-    for part in (rates[:300], rates[300:]):
-        assert part.index(max(part)) + 1 == p4_adda.LEARNING_RATE_WARM_UP
-        assert part[0] < 0.02 * max(part) and 0 < part[-1] < 1e-4 * max(part)
-
-
 def test_ablation_goes_from_plain_to_improved():
     assert [pieces for _, pieces in p4_adda.ABLATION][:2] == ['', 'normalise']
     assert p4_adda.ABLATION[-1][1] == p4_adda.DEFAULTS['pieces']

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import p2_gan
-from models import VAE, Discriminator, Generator, load_net
+from models import VAE, Discriminator, Generator, falling_rate, load_net
 
 SMALL = [4, 6, 8, 10]
 
@@ -35,17 +35,6 @@ def test_other_losses_by_hand():
         assert p2_gan.discriminator_loss(method, real, fake).item() == pytest.approx((-2.5 - 1.5) / 3)
     for method in ('sngan', 'wgan_gp', 'wgan_div'):
         assert p2_gan.generator_loss(method, fake).item() == pytest.approx(2.5 / 3)
-
-
-def test_discriminator_learns_in_the_right_direction():
-    """Every loss falls as real scores rise and drawn ones fall; the generator's as drawn ones rise."""
-    for method in p2_gan.METHODS:
-        real, fake = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-        p2_gan.discriminator_loss(method, real, fake).backward()
-        assert (real.grad < 0).all() and (fake.grad > 0).all(), method
-        drawn = torch.zeros(3, requires_grad=True)
-        p2_gan.generator_loss(method, drawn).backward()
-        assert (drawn.grad < 0).all(), method
 
 
 @pytest.mark.parametrize('method,expected', [
@@ -83,7 +72,7 @@ def test_gradient_penalty_is_taken_where_the_method_says():
 
 
 def test_learning_rates_fall_at_the_end():
-    rates = [p2_gan.falling_rate(step, 300, 0.2) for step in range(1, 301)]
+    rates = [falling_rate(step, 300, 0.2, p2_gan.FALLING) for step in range(1, 301)]
     assert rates[:200] == [0.2] * 200 and rates[-1] == pytest.approx(0.2 / 100)
     assert all(later < earlier for earlier, later in zip(rates[200:], rates[201:]))
 
@@ -122,17 +111,6 @@ def test_batch_norm_alone_mixes_the_images_of_a_batch():
         with torch.no_grad():
             same = torch.allclose(discriminator(x)[:2], discriminator(x[:2]), atol=1e-4)
         assert same == independent, norm
-
-
-def test_methods_share_one_generator():
-    torch.manual_seed(3)
-    first = Generator(**p2_gan.NET).state_dict()
-    norms = {settings['norm'] for settings in p2_gan.METHODS.values()}
-    assert norms == {'batch', 'layer', 'spectral', 'none'}
-    torch.manual_seed(3)
-    assert all(torch.equal(value, first[name])
-               for name, value in Generator(**p2_gan.NET).state_dict().items())
-    assert sum(value.numel() for value in first.values()) * 4 < 40e6
 
 
 def test_augmentation_of_strength_zero_changes_nothing():

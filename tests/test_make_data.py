@@ -201,8 +201,3 @@ def test_mistakes_end_in_one_line(archives, server, tmp_path, capsys, monkeypatc
     assert code == 1 and 'list_attr_celeba.txt cannot be read' in line
     assert not (out / 'face' / 'train').exists()
     assert refused('--only', 'usps', 'cifar')[0] == 2
-
-
-def test_real_addresses_are_those_of_torchvision():
-    assert make_data.USPS.split_list['train'][0].startswith('https://')
-    assert all(len(md5) == 32 for _, md5 in make_data.MNIST.resources)

@@ -21,7 +21,8 @@ from report import build, figures
 COURSE = os.path.join(ROOT, '..', 'shared', 'assignment', 'requirements_course.txt')
 CPU = torch.device('cpu')
 SHIPPED = dict(                            # name of every shipped net, and its problem
-    p1_vae='p1_vae', p2_gan='p2_gan', p5_diffusion='p5_diffusion', p6_acgan='p6_acgan', p6_acgan_smiling='p6_acgan',
+    p1_vae='p1_vae', p2_gan='p2_gan', p5_diffusion='p5_diffusion', p6_acgan='p6_acgan', p6_acgan_paper='p6_acgan',
+    p6_acgan_smiling='p6_acgan',
     **{f'{problem}_{target}': problem for problem in ('p3_dann', 'p4_adda') for target in SOURCE_OF})
 DIGIT_RUNS = [(script, row, runs) for script, shipped_row in ((p3_dann, 'dann_entropy'), (p4_adda, 'improved'))
               for row, runs in read_results(script.PROBLEM, shipped_row).items()]
@@ -45,7 +46,7 @@ def test_tables_of_the_report_are_those_of_the_logs(tmp_path):
                                    ('table4', p4_adda.table_rows('asked'), 'asked'),
                                    ('table4_others', p4_adda.table_rows('others'), 'others')):
         assert build.csv_rows(name) == figures.table_lines(rows, DIRECTIONS[directions])[1:]
-    p5_diffusion.plot_results(str(tmp_path / 'table5'), read_log(p5_diffusion.SCORES))
+    p5_diffusion.write_results(str(tmp_path / 'table5.csv'), read_log(p5_diffusion.SCORES))
     assert (tmp_path / 'table5.csv').read_text(encoding='utf8') == build.read('figures', 'table5.csv')
 
 

@@ -3,7 +3,6 @@ import csv
 import filecmp
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import p3_dann
 import p4_adda
 import p5_diffusion
 import pytest
-from conftest import ROOT, assert_one_line, call, refusal, run
+from conftest import ROOT, assert_one_line, call, file_limit, refusal, run
 from PIL import Image
 
 from models import load_checkpoint, save_checkpoint
@@ -235,12 +234,8 @@ def test_output_that_cannot_be_written(program, tmp_path, capsys):
     assert os.listdir(str(tmp_path)) == names and (tmp_path / f'pipe.{end}').is_fifo()
     # at a limit on the size of a file, as on a full disk, what was there stays whole
     words[-1].write_bytes(b'old')
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))        # what ulimit -f sets
-    try:
+    with file_limit(100):
         code, line = refusal(capsys, program, *words)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1 and 'cannot write' in line and words[-1].name in line and words[-1].read_bytes() == b'old'
     assert set(os.listdir(str(tmp_path))) == set(names + [words[-1].name])
 
