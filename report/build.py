@@ -382,11 +382,10 @@ def broken_counts():
         found = [str(record['broken']) for kind in ('first_count', 'count') for record in counts
                  if (record['kind'], record['what']) == (kind, what)
                  and shipped.get(what, record.get('sha256')) == record.get('sha256')]
-        table.append([names[what] if what != 'real' else 'real faces', ', then '.join(found), ''])
+        table.append([names[what] if what != 'real' else 'real faces', ', then '.join(found)])
     for picture in blind_counts()['pictures']:
-        table.append([picture['name'], ' and '.join(map(str, picture['broken'])),
-                      ' and '.join(f'{value:g}' for value in picture.get('as_photographs', []))])
-    return table
+        table.append([picture['name'], ' and '.join(map(str, picture['broken']))])
+    return table + [['rated as photographs, of 10', blind_counts()['rating']]]
 
 
 def blind_counts():
