@@ -230,7 +230,7 @@ def attribute_accuracies(faces, train_means, test, test_means):
 def plot_learning_curves(path, log):
     """fig1_2: reconstruction and KL over the images seen, training and held-out."""
     settings = log[0]['settings']
-    figure, axes = figures.new_figure(2.1, columns=2)
+    figure, axes = figures.new_figure(1.9, columns=2)
     for kind, colour, label in (('train', figures.COLOURS[4], 'training batch (net in training)'),
                                 ('held_out', figures.COLOURS[5], 'held-out faces (averaged weights)')):
         records = [record for record in log if record['kind'] == kind]
@@ -297,7 +297,7 @@ def plot_walks(path, vae, test, means, attribute, device):
     decoded = to_uint8(run_batches(vae.decoder, device, torch.stack(walks)))
     figure, axes = figures.new_figure(4.2, rows=2)
     for panel, first, ticks, title in (
-            (axes[0], 0, ['first face'] + [f'{share}/8' for share in range(1, 8)] + ['second face'],
+            (axes[0], 0, ['first'] + [f'{share}/8' for share in range(1, 8)] + ['second'],
              'Straight walks between the latent means of two test faces'),
             (axes[1], 4, [f'{times:+.1f}' for times in np.linspace(-2, 2, 9)],
              'One test face moved along attributes: multiples of the difference between\n'

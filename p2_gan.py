@@ -345,25 +345,24 @@ def plot_learning_curves(path, log):
 
 
 def score_of(path, scores):
-    """Return the scores of the checkpoint file at path as text; they belong to these very bytes."""
+    """Return the Fréchet distance of the checkpoint file at path as text; it belongs to these very bytes."""
     of_file = [record for record in scores if record.get('sha256') == sha256(path)]
     if not of_file:
         return 'not scored'
-    return 'clear {}, Fréchet {},\nnearest {}'.format(*[figures.rounded(of_file[0][name], places) for name, places in (
-        ('clear', 3), ('frechet', 1), ('nearest', 3))])
+    return f'Fréchet {figures.rounded(of_file[0]["frechet"], 1)}'
 
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
     """fig2_4: VAE against GAN, and the training faces or mirror images whose latent means are nearest to the GAN's."""
-    figure, axes = figures.new_figure(4.5, rows=2)
+    figure, axes = figures.new_figure(3.8, rows=2)
     vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
     figures.draw_pixels(axes[0], make_grid(both, 8))
     for x, name, file in ((133, 'VAE', JUDGE), (397, 'GAN', ckpt)):
-        axes[0].text(x, -5, f'{name}\n{score_of(file, scores)}', ha='center')
+        axes[0].text(x, -5, f'{name}: {score_of(file, scores)}', ha='center')
     axes[0].plot([265, 265], [0, 266], color=figures.COLOURS[6], linewidth=1)
-    axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen; scores of 1,000 of each '
-                      'against the test faces', pad=34)
+    axes[0].set_title('Sixteen faces of each, from N(0, I), not chosen;\nFréchet distance of 1,000 of each to the test '
+                      'faces', pad=14)
     candidates = torch.cat([training, training.flip(3)])
     distances = torch.cdist(latent_means(judge, images[:8], device), latent_means(judge, candidates, device))
     # a face and its mirror image count once

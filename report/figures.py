@@ -232,7 +232,7 @@ def plot_mistakes(path, predictions):
         if len(wrong):
             draw_pixels(axes, make_grid(digits.images[wrong], columns=MISTAKES, gap=4))
         for index, row in enumerate(wrong.tolist()):
-            axes.text(18 + 32 * index, 0, f'{digits.labels[row]} \u2192 {classes[row]}', ha='center')
+            axes.text(18 + 32 * index, 0, f'{digits.labels[row]}\u2192{classes[row]}', ha='center')
         axes.set_title(f'{title}: {len(wrong)} most confident mistakes (label \u2192 predicted digit)', pad=12)
     save_figure(path, figure)
 
