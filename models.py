@@ -654,13 +654,14 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
 
 STATE = ' (training state)'  # ends the name of the problem in the file of a run that has not ended
 
+
 class Run:
     """One training run from its start, or from where it stopped, to its end: all but the algorithm.
 
     At its end run.pth appears, the checkpoint, and run.jsonl, its log.  Until then run_last.pth holds the state from
     which --resume goes on as if the run had never stopped, and run_last.jsonl the log up to it.  A script says:
 
-        run = Run(args, PROBLEM, DEFAULTS, constants(), ckpt)
+        run = Run(args, PROBLEM, DEFAULTS, constants, ckpt)
         net = run.keep('net', Net(**NET))                # is saved with the run, and restored by --resume
         run.facts(net, training_images=len(images))
         for step in run.steps(LOG_EVERY, SAVE_EVERY):
