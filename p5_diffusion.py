@@ -247,7 +247,7 @@ def plot_scores(path, scores):
             ('sampling_steps', 'guidance', GUIDANCE, f'steps of sampling (guidance {GUIDANCE:g})'))):
         records = sorted((record for record in of_diffusion if record[fixed] == value), key=lambda record: record[flag])
         for row, (name, label, scale) in enumerate((('accuracy', 'accuracy (%)', 100),
-                                                    ('frechet', 'Fréchet distance', 1))):
+                                                    ('frechet', 'Fréchet', 1))):
             axes = all_axes[row][column]
             axes.plot([record[flag] for record in records], [scale * record[name] for record in records], 'o-',
                       color=figures.COLOURS[0], label='diffusion')

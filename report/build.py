@@ -270,12 +270,9 @@ def changed_lines():
     return [line.rstrip() for line in difflib.ndiff(*texts) if line[0] in '+-']
 
 
-def last_losses(logs):
-    """Return the generator's class loss at the end, and the discriminator's accuracy on held-out images, of ACGANs."""
-    def last(log, key):
-        return [record[key] for record in log[:-1] if key in record][-1]
-    return {name: dict(generator=rounded(last(log, 'generator_class_loss'), 2),
-                       accuracy=rounded(100 * last(log, 'accuracy'), 1))
+def last_class_losses(logs):
+    """Return the class loss of the generators of ACGAN at their end."""
+    return {name: rounded([record['generator_class_loss'] for record in log if 'generator_class_loss' in record][-1], 2)
             for name, log in logs.items() if name != 'diffusion'}
 
 
@@ -298,7 +295,7 @@ def conditional_values():
                 trained={name: training(log) for name, log in logs.items()},
                 published=rounded(100 * PUBLISHED_ACGAN, 1), channels=', '.join(map(str, p5_diffusion.NET['channels'])),
                 rates={data: '{:g} and {:g}'.format(*rates) for data, rates in p6_acgan.LEARNING_RATES.items()},
-                r1_every=str(p6_acgan.R1_EVERY), last_losses=last_losses(logs), **constants_of(
+                r1_every=str(p6_acgan.R1_EVERY), class_loss=last_class_losses(logs), **constants_of(
                     p5_diffusion, 'LEARNING_RATE', 'NOISE_STEPS', 'SAMPLING_STEPS', 'GUIDANCE', 'AVERAGE_DECAY',
                     'LABEL_DROPPED'))
 
