@@ -19,7 +19,7 @@ import os
 import numpy as np
 import torch
 
-from datasets import (ATTRIBUTES, PICTURE_ENDINGS, FaceImages, UserError, check_images_out, data_checksum, new_parser,
+from datasets import (PICTURE_ENDINGS, FaceImages, UserError, check_images_out, data_checksum, new_parser,
                       number_between, parse_shared, random_flip, run_command, save_picture, save_single_images,
                       split_held_out, to_float, to_uint8, write_table, write_text)
 from models import (CHECKPOINTS, VAE, Run, base_of, cosine_rate, decode_noise, default_path, load_net, on_device,
@@ -182,10 +182,7 @@ def plot(args):
     train_means, test_means = [run_batches(lambda batch: vae.encoder(to_float(batch))[0], device, split.images)
                                for split in (faces, test)]
     accuracies = attribute_accuracies(faces, train_means, test, test_means)
-    attribute = args.attribute or max(accuracies, key=lambda name: accuracies[name][0])
-    if attribute not in accuracies:
-        raise UserError(f'some part of the data has no faces with {attribute}, or none without: choose another '
-                        '--attribute')
+    attribute = max(accuracies, key=lambda name: accuracies[name][0])
     log, linear = read_log(base_of(ckpt) + '.jsonl'), read_log(LINEAR_CODE)
     write_text(os.path.join(args.out, 'fig1_1.txt'), f'{vae}\n')
     plot_learning_curves(os.path.join(args.out, 'fig1_2.png'), log)
@@ -364,8 +361,6 @@ def parse_args(argv=None):
     parser.add_argument('--lambda_kl', type=number_between(0, float('inf'), float),
                         help=f'--train: weight of the KL ({DEFAULTS["lambda_kl"]})')
     parser.add_argument('--init', help='--train: checkpoint whose weights the run starts from')
-    parser.add_argument('--attribute', choices=ATTRIBUTES,
-                        help='--plot: colours fig1_5 (the one that the latent space separates best)')
     return parse_shared(parser, PROBLEM, ['out'], argv)
 
 

@@ -79,7 +79,6 @@ JUDGE = os.path.join(CHECKPOINTS, 'p1_vae.pth')      # problem 1's VAE: its enco
 # figures
 FACES = 32                   # in the graded picture
 COLUMNS = 8
-WALK_SEED = 6                # picks the noise of fig2_6
 SAMPLES = os.path.join(CHECKPOINTS, 'samples.jsonl')       # scores, of tests/benchmark.py
 COUNTS = os.path.join(CHECKPOINTS, 'p2_counts.jsonl')      # of faces that a reader called broken, likewise
 
@@ -312,9 +311,8 @@ def plot(args):
     plot_comparison(os.path.join(args.out, 'fig2_4.jpg'), ckpt, images, judge, training, scores, device)
     plot_progress(os.path.join(args.out, 'fig2_5.jpg'), checkpoint,
                   generate_faces(generator, COLUMNS, DEFAULTS['seed'], device))
-    plot_walks(os.path.join(args.out, 'fig2_6.jpg'), generator, device)
     plot_methods(os.path.join(args.out, 'table2.jpg'), scores, read_log(COUNTS), training[:COLUMNS])
-    print(f'eight figures and tables are in {args.out}')
+    print(f'seven figures and tables are in {args.out}')
 
 
 def plot_learning_curves(path, log):
@@ -391,22 +389,6 @@ def plot_progress(path, checkpoint, last):
     figures.draw_images(axes, torch.cat([images for _, images in progress]), COLUMNS,
                         left=[f'{step * batch_size / 1000:,.0f}' for step, _ in progress])
     axes.set_title('The same eight noise vectors after so many\nthousand training images (averaged weights)')
-    figures.save_figure(path, figure)
-
-
-def plot_walks(path, generator, device):
-    """fig2_6: walks between two noise vectors, along the great circle on which noise lies."""
-    ends = np.random.RandomState(WALK_SEED).standard_normal((6, 2, generator.project.in_features))
-    walks = []
-    for first, last in ends:
-        angle = np.arccos(np.dot(first, last) / np.linalg.norm(first) / np.linalg.norm(last))
-        walks += [(np.sin((1 - share) * angle) * first + np.sin(share * angle) * last) / np.sin(angle)
-                  for share in np.linspace(0, 1, 9)]
-    noise = torch.from_numpy(np.array(walks, np.float32))
-    generated = to_uint8(run_batches(lambda z: to_unit(generator(z)), device, noise))
-    figure, axes = figures.new_figure(2.7, width=figures.HALF)
-    figures.draw_images(axes, generated, 9, above=['first'] + [f'{share}/8' for share in range(1, 8)] + ['last'])
-    axes.set_title('Walks between two noise vectors,\nalong the great circle', pad=14)
     figures.save_figure(path, figure)
 
 

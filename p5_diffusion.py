@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from datasets import (UserError, check_images_out, data_checksum, new_parser, number_between, parse_shared, read_digits,
                       run_command, save_classes, split_held_out, to_float, to_uint8, to_unit, write_table, write_text)
-from models import (CHECKPOINTS, DigitNet, Run, UNet, base_of, check_scores, cosine_rate, default_path, in_threads,
+from models import (CHECKPOINTS, DigitNet, Run, UNet, check_scores, cosine_rate, default_path, in_threads,
                     load_net, measure_generated, on_device, pick_device, read_log, repeatable, run_batches, sha256,
                     take_step, update_average)
 from report import figures
@@ -61,7 +61,6 @@ SAMPLING_START = 490         # step of the noise where it starts; later ones lea
 GUIDANCE = 2.0               # weight of the guidance
 COLUMNS = 10                 # images of each class in the picture
 SINGLE = 100                 # images of each class in a folder
-MOMENTS = (1, 10, 20, 30, 40, 50)                                  # steps of sampling that fig5_3 shows
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')              # of tests/benchmark.py
 
 
@@ -96,25 +95,20 @@ def guided_noise(net, x, step, labels, guidance):
     return (1 + guidance) * conditional - guidance * unconditional
 
 
-def ddim_sample(noise_in, x, sampling_steps, shown=()):
-    """Turn noise x (N, 3, H, W) into images in [-1, 1] by so many steps.
+def ddim_sample(noise_in, x, sampling_steps):
+    """Turn noise x (N, 3, H, W) into images in [-1, 1] by so many steps; noise_in(x, step) is the noise that is in x.
 
-    noise_in(x, step) returns the noise that is in x.  Returns the images, and for each number in shown the image as
-    it was expected after so many steps.  Source: Song et al. 2021, eq. 12 with sigma = 0; the expected image is
-    limited to [-1, 1].
+    Source: Song et al. 2021, eq. 12 with sigma = 0; the image that is expected at a step is limited to [-1, 1].
     """
-    schedule, expected = alpha_bars(), []
+    schedule = alpha_bars()
     steps = np.round(np.linspace(SAMPLING_START, 0, sampling_steps + 1)).astype(int).tolist()
-    for count, (step, next_step) in enumerate(zip(steps, steps[1:]), 1):
+    for step, next_step in zip(steps, steps[1:]):
         alpha_bar, next_alpha_bar = float(schedule[step]), float(schedule[next_step])
-        noise = noise_in(x, step)
-        image = ((x - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)).clamp(-1, 1)
+        image = ((x - math.sqrt(1 - alpha_bar) * noise_in(x, step)) / math.sqrt(alpha_bar)).clamp(-1, 1)
         # the noise that is in x if that is the image
         noise = (x - math.sqrt(alpha_bar) * image) / math.sqrt(1 - alpha_bar)
         x = math.sqrt(next_alpha_bar) * image + math.sqrt(1 - next_alpha_bar) * noise
-        if count in shown:
-            expected.append(image)
-    return x, expected
+    return x
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -198,7 +192,7 @@ def generate_digits(net, count, seed, device, sampling_steps=SAMPLING_STEPS, gui
     def generate(noise):
         x = torch.from_numpy(noise).to(device).expand(CLASSES, -1).reshape(CLASSES, 3, 28, 28)
         with torch.no_grad():
-            images, _ = ddim_sample(lambda x, step: guided_noise(net, x, step, labels, guidance), x, sampling_steps)
+            images = ddim_sample(lambda x, step: guided_noise(net, x, step, labels, guidance), x, sampling_steps)
         return to_uint8(to_unit(images).cpu())
     threads = torch.get_num_threads()
     with repeatable():
@@ -210,31 +204,15 @@ def generate_digits(net, count, seed, device, sampling_steps=SAMPLING_STEPS, gui
 def plot(args):
     """Write every figure and table of the report to --out (figures/) from the checkpoint and logs."""
     device = pick_device(args.device or 'cpu')
-    scores, log = read_log(SCORES), read_log(base_of(CKPT) + '.jsonl')
+    scores = read_log(SCORES)
     check_scores(SCORES, scores, 'diffusion', CKPT)
     net = load_net(UNet, CKPT, PROBLEM, device)[0]
     write_text(os.path.join(args.out, 'fig5_1.txt'), f'{net}\n')
     images = generate_digits(net, COLUMNS, DEFAULTS['seed'], device)
     save_classes(os.path.join(args.out, 'fig5_2.jpg'), False, images)
-    plot_sampling(os.path.join(args.out, 'fig5_3.jpg'), net, device)
     plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
-    plot_learning_curve(os.path.join(args.out, 'fig5_5.png'), log)
     write_results(os.path.join(args.out, 'table5.csv'), scores)
-    print(f'six figures and tables are in {args.out}')
-
-
-def plot_sampling(path, net, device):
-    """fig5_3: the first 0 of fig5_2, as it is expected after some of the steps of sampling."""
-    noise = np.random.RandomState(DEFAULTS['seed']).standard_normal((1, 3, 28, 28)).astype(np.float32)
-    label = torch.zeros(1, dtype=torch.long, device=device)
-    with torch.no_grad(), repeatable():
-        _, expected = ddim_sample(lambda x, step: guided_noise(net, x, step, label, GUIDANCE),
-                                  torch.from_numpy(noise).to(device), SAMPLING_STEPS, MOMENTS)
-    figure, axes = figures.new_figure(1.3, width=figures.HALF)
-    figures.draw_images(axes, to_uint8(to_unit(torch.cat(expected)).cpu()), len(MOMENTS),
-                        above=[str(moment) for moment in MOMENTS])
-    axes.set_title(f'The first 0, expected after some of {SAMPLING_STEPS} steps', pad=14)
-    figures.save_figure(path, figure)
+    print(f'four figures and tables are in {args.out}')
 
 
 def plot_scores(path, scores):
@@ -260,21 +238,6 @@ def plot_scores(path, scores):
                 axes.set_xscale('log')
                 figures.log_axis(axes.xaxis)
     all_axes[0][0].legend()
-    figures.save_figure(path, figure)
-
-
-def plot_learning_curve(path, log):
-    """fig5_5: the error of the noise over the images seen; on held-out images that of the averaged weights."""
-    figure, axes = figures.new_figure(1.9, width=figures.HALF)
-    for kind, style, label in (('train', '-', 'training'), ('held_out', '--', 'held-out')):
-        records = [record for record in log if record['kind'] == kind]
-        axes.plot([record['step'] * log[0]['settings']['batch_size'] / 1000 for record in records],
-                  [record['noise_loss'] for record in records], style, color=figures.COLOURS[0], label=label)
-    axes.set(title='Error of the noise', xlabel='images seen (thousands)', ylabel='mean squared error',
-             yscale='log')
-    figures.log_axis(axes.yaxis)
-    axes.grid(True)
-    axes.legend()
     figures.save_figure(path, figure)
 
 

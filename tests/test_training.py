@@ -613,13 +613,12 @@ def test_checkpoint_is_a_folder(data_dir, tmp_path):
 FIGURES = {
     p1_vae: ['fig1_1.txt', 'fig1_2.png', 'fig1_4.jpg', 'fig1_4.png', 'fig1_5.png', 'fig1_6.jpg', 'fig1_7.png',
              'table1_3.csv', 'table1_3.jpg', 'table1_5.csv'],
-    p2_gan: ['fig2_1.txt', 'fig2_2.jpg', 'fig2_2.png', 'fig2_3.png', 'fig2_4.jpg', 'fig2_5.jpg', 'fig2_6.jpg',
-             'table2.jpg'],
-    p3_dann: ['fig3_1.jpg', 'fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png', 'fig3_4_svhn_lower.png',
-              'fig3_4_usps.png', 'fig3_4_usps_lower.png', 'fig3_5.txt', 'fig3_6.png', 'fig3_7.png', 'fig3_8.jpg',
+    p2_gan: ['fig2_1.txt', 'fig2_2.jpg', 'fig2_2.png', 'fig2_3.png', 'fig2_4.jpg', 'fig2_5.jpg', 'table2.jpg'],
+    p3_dann: ['fig3_1.jpg', 'fig3_4.csv', 'fig3_4_mnistm.png', 'fig3_4_mnistm_lower.png', 'fig3_4_svhn.png',
+              'fig3_4_svhn_lower.png', 'fig3_4_usps.png', 'fig3_4_usps_lower.png', 'fig3_5.txt', 'fig3_6.png', 'fig3_7.png', 'fig3_8.jpg',
               'table3.csv'],
-    p4_adda: ['fig4_2_mnistm.png', 'fig4_2_svhn.png', 'fig4_2_usps.png', 'fig4_3.txt', 'fig4_4.png', 'fig4_6.png',
-              'fig4_6_plain.png', 'fig4_7.jpg', 'table4.csv', 'table4_others.csv']}
+    p4_adda: ['fig4_2.csv', 'fig4_2_mnistm.png', 'fig4_2_svhn.png', 'fig4_2_usps.png', 'fig4_3.txt', 'fig4_4.png',
+              'fig4_6.png', 'fig4_6_plain.png', 'fig4_7.jpg', 'fig4_8.png', 'table4.csv', 'table4_others.csv']}
 
 
 def assert_drawn(out, names):
