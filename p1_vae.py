@@ -327,8 +327,7 @@ def plot_rate_distortion(path, ckpt, linear):
     points = sorted((record['kl'], record['mse'], record['lambda_kl']) for record in records)
     figure, axes = figures.new_figure(2.6)
     rates, curve = [[record[name] for record in linear] for name in ('test_kl', 'test_mse')]
-    axes.plot(rates, curve, color=figures.COLOURS[6],
-              label='linear code (PCA, water-filling)')
+    axes.plot(rates, curve, color=figures.COLOURS[6], label='linear code (PCA, water-filling)')
     axes.plot([point[0] for point in points], [point[1] for point in points], 'o-',
               color=figures.COLOURS[0], label='this VAE, decoded from the mean')
     for kl, mse, lambda_kl in points:

@@ -1,27 +1,25 @@
 """Problem 3: domain-adversarial training (DANN) that reads digits in a domain without labels.
 
-Ganin et al. 2016 (JMLR 17, arXiv 1505.07818).  Differences from the paper: the input is normalised image
-by image, the two domains pass through the nets in batches of their own, source batches draw the ten
-classes with equal probability, images are augmented, and what is kept is an average of the weights over the
-training steps (EMA) with the batch statistics of unlabelled target training images, augmented as they
-are in training.  That is --setting dann; dann_entropy, which is shipped, also lowers the entropy of the
-predictions for target images (Grandvalet and Bengio 2005; beside DANN: Shu et al. 2018, arXiv
-1802.08735).  The lower bound (--setting source) and the upper bound (--setting target) have the same
-net, batches, augmentation and schedule, but no domain discriminator; the lower bound has the batch
-statistics of source images, all others those of target images.  The table shows the lower bound with the
-latter too (AdaBN, Li et al. 2016, arXiv 1603.04779), so that what they give is not credited to DANN.
+Ganin et al. 2016 (JMLR 17, arXiv 1505.07818).  Differences from the paper: the input is normalised image by image, the
+two domains pass through the nets in batches of their own, source batches draw the ten classes with equal probability,
+images are augmented, and what is kept is an average of the weights over the steps (EMA) with the batch statistics of
+unlabelled target training images, augmented as in training.  That is --setting dann; dann_entropy, which is shipped,
+also lowers the entropy of the predictions for target images (Grandvalet and Bengio 2005; beside DANN: Shu et al. 2018,
+arXiv 1802.08735).  The lower bound (--setting source) and the upper bound (--setting target) have the same net,
+batches, augmentation and schedule, but no domain discriminator; the lower bound has the batch statistics of source
+images.  The table also shows it with those of target images (AdaBN, Li et al. 2016, arXiv 1603.04779), so that what
+they give is not credited to DANN.
 
     bash hw3_p3.sh DIR TARGET pred.csv                 label a folder, as the grader does
     python3 p3_dann.py --train --data_dir hw3_data     train the three nets that hw3_p3.sh uses; --resume goes on
     python3 p3_dann.py --train --target usps --setting dann --seed 0       train one run of the table
     python3 p3_dann.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
-Rule of choice: the schedule is fixed, the last average is kept, and the run of seed 0 is shipped.  Only
-the upper bound trains on target labels.  The test images are measured once, at the end of --train, and so are
-the labels of 500 target training images on which no run trains.  The constants were set before that, without
-a label of the target.  These were compared on unlabelled target training images: the spread and confidence of
-the predictions (the nuclear norm of their probabilities, Cui et al. 2020, arXiv 2003.12237), the shares of
-the ten digits, and the agreement of two nets; and the accuracy on held-out source images.
+Rule of choice: the schedule is fixed, the last average is kept, and the run of seed 0 is shipped.  Only the upper bound
+trains on target labels.  The test images are measured once, at the end of --train, and so are the labels of 500 target
+training images on which no run trains.  The constants were set before, without a label of the target, by what is
+measured on unlabelled target images: the nuclear norm of the predictions (Cui et al. 2020, arXiv 2003.12237), the
+shares of the ten digits, the agreement of two nets; and by the accuracy on held-out source images.
 """
 import copy
 import math

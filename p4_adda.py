@@ -1,25 +1,24 @@
 """Problem 4: ADDA, improved piece by piece, that reads digits in a domain without labels.
 
-Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder,
-and train the copy on target images to fool a discriminator, which tells its features from those of
-the source encoder; the classifier does not change.  Differences from the paper, in plain ADDA too: source
-batches draw the ten classes with equal probability, and what is kept is an average of the weights over the
-steps (EMA) with the batch statistics of unlabelled target training images.  Where the discriminator
-alone teaches the encoder, it learns at a fiftieth of the discriminator's rate.  The batch norms of the source
-encoder have their learned statistics, those of the target encoder the statistics of each batch, so the
-discriminator may see this difference too.  --pieces names what is added:
+Tzeng et al. 2017 (arXiv 1702.05464): train an encoder and a classifier on the source, copy the encoder, and train the
+copy on target images to fool a discriminator, which tells its features from those of the source encoder; the
+classifier does not change.  Differences from the paper, in plain ADDA too: source batches draw the ten classes with
+equal probability, and what is kept is an average of the weights over the steps (EMA) with the batch statistics of
+unlabelled target training images.  Where the discriminator alone teaches the encoder, the encoder learns at a fiftieth
+of the discriminator's rate.  The batch norms of the source encoder have their learned statistics, those of the target
+encoder the statistics of each batch, so the discriminator may see this difference too.  --pieces names what is added:
 
     normalise        the input is normalised image by image (Shu et al. 2018, arXiv 1802.08735)
     augment          random shapes, backgrounds and colours, as in problem 3
     patches          those backgrounds are pieces of unlabelled target images (needs augment)
-    anchor           source labels go on training the target encoder, at its full learning rate; every
-                     loss trains the classifier too
-    conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN), those of
-                     source images too by the classifier that is being trained
-    teacher          confident pseudo-labels that an average of the weights gives to target images train
-                     the net on augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
-    diversity        the pseudo-labels favour digits that the teacher has named too seldom of late, so that
-                     none dies out (after Wang et al. 2022, DebiasPL; needs teacher)
+    anchor           source labels go on training the target encoder, at its full learning rate; every loss trains
+                     the classifier too
+    conditional      the discriminator sees features times class probabilities (Long et al. 2018, CDAN, arXiv
+                     1705.10667), those of source images too by the classifier that is being trained
+    teacher          confident pseudo-labels that an average of the weights gives to target images train the net on
+                     augmented ones (French et al. 2018; Sohn et al. 2020, FixMatch)
+    diversity        the pseudo-labels favour digits that the teacher has named too seldom of late, so that none dies
+                     out (after Wang et al. 2022, DebiasPL; needs teacher)
     self_training    the last fifth of the steps has no other loss than teacher's (needs teacher)
     no_discriminator for a control: nothing is adversarial (needs anchor or teacher)
 
@@ -28,10 +27,10 @@ discriminator may see this difference too.  --pieces names what is added:
     python3 p4_adda.py --train --target usps --pieces none --seed 0        train one run of the table
     python3 p4_adda.py --plot --data_dir hw3_data      redraw every figure and table of the report
 
-Rule of choice: the schedule is fixed and its last average is kept; the run of seed 0 with all pieces is shipped.
-No target label is used for training.  The test images are measured when those of problem 3 are.  The net, the
-augmentation and the number of steps were set as in problem 3; the other constants come from earlier versions of
-this repository, which trained on other collections of digits.
+Rule of choice: the schedule is fixed and its last average is kept; the run of seed 0 with all pieces is shipped.  No
+target label is used for training.  The test images are measured as in problem 3.  The net, the augmentation and the
+number of steps were set as there; the other constants come from earlier versions of this repository, which trained on
+other collections of digits.
 """
 import argparse
 import copy

@@ -224,8 +224,7 @@ def plot_scores(path, scores):
             ('guidance', 'sampling_steps', SAMPLING_STEPS, f'weight of the guidance ({SAMPLING_STEPS} steps)'),
             ('sampling_steps', 'guidance', GUIDANCE, f'steps of sampling (guidance {GUIDANCE:g})'))):
         records = sorted((record for record in of_diffusion if record[fixed] == value), key=lambda record: record[flag])
-        for row, (name, label, scale) in enumerate((('accuracy', 'accuracy (%)', 100),
-                                                    ('frechet', 'Fréchet', 1))):
+        for row, (name, label, scale) in enumerate((('accuracy', 'accuracy (%)', 100), ('frechet', 'Fréchet', 1))):
             axes = all_axes[row][column]
             axes.plot([record[flag] for record in records], [scale * record[name] for record in records], 'o-',
                       color=figures.COLOURS[0], label='diffusion')

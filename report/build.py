@@ -291,8 +291,7 @@ def conditional_values():
     faces = next(record for record in records if record['kind'] == 'faces')
     return dict(table=table, scores=scores, drawn=rounded(10 * p5_diffusion.SCORED, 0), cores=str(records[-1]['cores']),
                 faces={name: rounded(100 * faces[name], 1) for name in ('accuracy', 'real_accuracy')},
-                attribute=faces['attribute'],
-                trained={name: training(log) for name, log in logs.items()},
+                attribute=faces['attribute'], trained={name: training(log) for name, log in logs.items()},
                 published=rounded(100 * PUBLISHED_ACGAN, 1), channels=', '.join(map(str, p5_diffusion.NET['channels'])),
                 rates={data: '{:g} and {:g}'.format(*rates) for data, rates in p6_acgan.LEARNING_RATES.items()},
                 r1_every=str(p6_acgan.R1_EVERY), class_loss=last_class_losses(logs), **constants_of(
@@ -319,8 +318,7 @@ def readme_parts(texts):
             cells.append(rounded(accuracies(results[row], target, source)[0], 2))
     pictures = [
         ['VAE', 'mean squared error per pixel of test faces (between 0 and 1)',
-         f'{vae["mse"]} ({vae["draw"]} from a draw)'],
-        ['VAE', 'KL divergence of test faces in nats', vae['kl']],
+         f'{vae["mse"]} ({vae["draw"]} from a draw)'], ['VAE', 'KL divergence of test faces in nats', vae['kl']],
         ['diffusion (an extra)', 'digits that a digit classifier reads as what was asked for, in %',
          rounded(100 * log_of(p5_diffusion.CKPT)[-1]['accuracy'], 1)]]
     return dict(
@@ -328,8 +326,7 @@ def readme_parts(texts):
             f'The cores are of an {CPU}; the GPU is an NVIDIA H100 that trained other nets at the same time.\n\n'
             + markdown(['command', 'trains', 'time'], trainings(results))),
         grading='Accuracy in % on the kit\'s test images, with the shipped nets (seed 0):\n\n' + markdown(
-            ['command'] + [f'`{target}`' for target in sorted(SOURCE_OF)], grading),
-        results=(
+            ['command'] + [f'`{target}`' for target in sorted(SOURCE_OF)], grading), results=(
             markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'], digits)
             + f'\nMeans over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN is a part of the '
             'official test set, and easier than the whole.\n\n' + markdown(['pictures', 'measured', 'here'], pictures)))

@@ -252,6 +252,8 @@ def test_grid_places_every_image():
     grid = datasets.make_grid(images[:5], columns=3)
     assert grid.shape == (2 * 6 + 2, 3 * 7 + 2, 3) and grid.dtype == np.uint8
     assert [grid[2 + 6 * row, 2 + 7 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 255]
+    full = datasets.make_grid(images, columns=3)
+    assert [full[2 + 6 * row, 2 + 7 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 5]
     assert (grid[:2] == 255).all() and (grid[:, :2] == 255).all() and (grid[6:8] == 255).all()
 
 
