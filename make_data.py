@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.datasets import MNIST, SVHN, USPS
 from torchvision.datasets.utils import check_integrity, download_url
 
-from datasets import ATTRIBUTES, DIGIT_SIZE, FACE_SIZE, UserError, run_command
+from datasets import ATTRIBUTES, DIGIT_SIZE, FACE_SIZE, UserError, number_between, run_command
 
 MNIST_MIRROR = 'https://ossci-datasets.s3.amazonaws.com/mnist/'    # old versions of torchvision list a dead address
 PHOTOS = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz'
@@ -171,21 +171,13 @@ def make_data(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path = os.path.expanduser
-    parser.add_argument('out', nargs='?', type=path, metavar='OUT', help='folder to write, hw3_data for instance')
-    parser.add_argument('--only', nargs='+', action='append', type=path, metavar='PART', help=' '.join(PARTS))
+    parser.add_argument('out', type=path, metavar='OUT', help='folder to write, hw3_data for instance')
+    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), help='make these parts alone')
     parser.add_argument('--celeba', type=path, default='img_align_celeba.zip', help='beside it: list_attr_celeba.txt')
     parser.add_argument('--downloads', type=path, help='folder of the archives (OUT/downloads)')
-    parser.add_argument('--limit', type=int, help='so many images of each split')
+    parser.add_argument('--limit', type=number_between(1, 10 ** 6), help='so many images of each split')
     args = parser.parse_args(argv)
-    words = sum(args.only or [list(PARTS)], [])
-    others = [word for word in words if word not in PARTS]
-    args.only = [part for part in PARTS if part in words]      # faces first: what CelebA lacks is said at once
-    if args.out is None and others:            # --only takes an OUT that follows it too
-        args.out = others.pop()
-    if args.out is None or others or not args.only:
-        parser.error(f'name OUT, the folder to write, once, and after --only some of {" ".join(PARTS)}')
-    if args.limit is not None and args.limit < 1:
-        parser.error('--limit must be at least 1')
+    args.only = [part for part in PARTS if part in args.only]      # faces first: what CelebA lacks is said at once
     args.downloads = args.downloads or os.path.join(args.out, 'downloads')
     return args
 

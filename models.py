@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import warnings
 from collections import OrderedDict
@@ -636,18 +635,9 @@ def label_folder(problem, ckpt, target, folder, batch_size, device):
         print(f'{others} other files or folders beside the {len(names)} images are left out', flush=True)
 
     def label_part(part):
-        images = read_images(folder, part, DIGIT_SIZE)
-        single_colour = (images == images[:, :, :1, :1]).flatten(1).all(1)
-        return predict(net, images, device, batch_size).tolist(), single_colour.tolist()
+        return predict(net, read_images(folder, part, DIGIT_SIZE), device, batch_size).tolist()
     parts = [names[start:start + FOLDER_PART] for start in range(0, len(names), FOLDER_PART)]
-    labels, single_colour = [], []
-    for part_labels, part_single_colour in in_threads(label_part, parts, device, torch.get_num_threads()):
-        labels += part_labels
-        single_colour += part_single_colour
-    if any(single_colour):
-        print(f'warning: {names[single_colour.index(True)]} has a single colour ({sum(single_colour)} such of '
-              f'{len(names)} images): its label means nothing', file=sys.stderr, flush=True)
-    return names, labels
+    return names, sum(in_threads(label_part, parts, device, torch.get_num_threads()), [])
 
 
 # --------------------------------------------------------------------------------- a training run

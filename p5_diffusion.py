@@ -210,34 +210,8 @@ def plot(args):
     write_text(os.path.join(args.out, 'fig5_1.txt'), f'{net}\n')
     images = generate_digits(net, COLUMNS, DEFAULTS['seed'], device)
     save_classes(os.path.join(args.out, 'fig5_2.jpg'), False, images)
-    plot_scores(os.path.join(args.out, 'fig5_4.png'), scores)
     write_results(os.path.join(args.out, 'table5.csv'), scores)
-    print(f'four figures and tables are in {args.out}')
-
-
-def plot_scores(path, scores):
-    """fig5_4: accuracy and distance over the weight of the guidance and over the number of sampling steps."""
-    figure, all_axes = figures.new_figure(2.6, rows=2, columns=2)
-    of_diffusion = [record for record in scores if record['kind'] == 'digits' and record['what'] == 'diffusion']
-    others = {record['what']: record for record in scores if record['kind'] == 'digits'}
-    for column, (flag, fixed, value, title) in enumerate((
-            ('guidance', 'sampling_steps', SAMPLING_STEPS, f'weight of the guidance ({SAMPLING_STEPS} steps)'),
-            ('sampling_steps', 'guidance', GUIDANCE, f'steps of sampling (guidance {GUIDANCE:g})'))):
-        records = sorted((record for record in of_diffusion if record[fixed] == value), key=lambda record: record[flag])
-        for row, (name, label, scale) in enumerate((('accuracy', 'accuracy (%)', 100), ('frechet', 'Fréchet', 1))):
-            axes = all_axes[row][column]
-            axes.plot([record[flag] for record in records], [scale * record[name] for record in records], 'o-',
-                      color=figures.COLOURS[0], label='diffusion')
-            for what, colour in (('acgan', figures.COLOURS[1]), ('real', figures.COLOURS[6])):
-                axes.axhline(scale * others[what][name], color=colour, linewidth=1, linestyle='--',
-                             label=dict(acgan='ACGAN', real='real digits')[what])
-            axes.set(xlabel=title, ylabel=label)
-            axes.grid(True)
-            if column == 1:
-                axes.set_xscale('log')
-                figures.log_axis(axes.xaxis)
-    all_axes[0][0].legend()
-    figures.save_figure(path, figure)
+    print(f'three figures and tables are in {args.out}')
 
 
 def write_results(path, scores):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from datasets import (ATTRIBUTES, FaceImages, UserError, check_images_out, data_checksum, new_parser, number_between,
                       parse_shared, random_flip, read_digits, run_command, save_classes, split_held_out, to_float,
                       to_uint8, to_unit, write_text)
-from models import (CHECKPOINTS, ClassDiscriminator, DigitGenerator, DigitNet, FaceGenerator, Generator, Run, base_of,
+from models import (CHECKPOINTS, ClassDiscriminator, DigitGenerator, DigitNet, FaceGenerator, Generator, Run,
                     check_scores, default_path, falling_rate, load_net, measure_generated, on_device, pick_device,
                     read_log, repeatable, run_batches, sha256, take_step, update_average)
 from report import figures
@@ -72,8 +72,6 @@ COLUMNS = 10                 # images of each class in the picture
 SINGLE = 100                 # images of each class in a folder
 PAPER = os.path.join(CHECKPOINTS, 'p6_acgan_paper.pth')    # a run with the class loss of the paper
 SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')      # of tests/benchmark.py
-CURVES = (('discriminator_loss', 'discriminator'), ('generator_loss', 'generator'),
-          ('class_loss', 'class, discriminator'), ('generator_class_loss', 'class, generator'))
 
 
 # ---------------------------------------------------------------------------- losses and schedules
@@ -239,38 +237,18 @@ def generate_images(generator, count, seed, device):
 def plot(args):
     """Write every figure of the report to --out (figures/) from checkpoints and logs."""
     device = pick_device(args.device or 'cpu')
-    scores, generators, logs = read_log(SCORES), {}, {}
+    scores, generators = read_log(SCORES), {}
     for what, data, ckpt in (('acgan', 'digits', shipped('digits', '')), ('acgan_paper', 'digits', PAPER),
                              ('faces', 'faces', shipped('faces', DEFAULTS['attribute']))):
         check_scores(SCORES, scores, what, ckpt)
-        generators[what], logs[what] = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0], read_log(
-            base_of(ckpt) + '.jsonl')
+        generators[what] = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0]
     write_text(os.path.join(args.out, 'fig6_1.txt'),
                f'{generators["acgan"]}\n{ClassDiscriminator(**DISCRIMINATOR["digits"])}\n')
     for name, what in (('fig6_2', 'acgan'), ('fig6_5', 'acgan_paper')):
         images = generate_images(generators[what], COLUMNS, DEFAULTS['seed'], device)
         save_classes(os.path.join(args.out, name + '.jpg'), False, images)
-    plot_learning_curves(os.path.join(args.out, 'fig6_3.png'), logs)
     plot_pairs(os.path.join(args.out, 'fig6_4.jpg'), generators['faces'], scores, device)
-    print(f'five figures are in {args.out}')
-
-
-def plot_learning_curves(path, logs):
-    """fig6_3: the losses over the images seen."""
-    titles = dict(acgan='digits, our class loss', acgan_paper="digits, the paper's", faces='faces, our class loss')
-    figure, all_axes = figures.new_figure(2.4, columns=3)
-    for axes, (what, log) in zip(all_axes, logs.items()):
-        records = [record for record in log if record['kind'] == 'train' and 'generator_loss' in record]
-        images_seen = [record['step'] * log[0]['settings']['batch_size'] / 1000 for record in records]
-        for colour, (scalar, label) in zip(figures.COLOURS, CURVES):
-            axes.plot(images_seen, [record[scalar] for record in records], color=colour, label=label)
-        axes.set(title=titles[what], xlabel='images seen (thousands)', ylabel='loss (nats)', yscale='log')
-        low, high = axes.get_ylim()
-        axes.set_ylim(low * (low / high) ** 0.6, high)         # room for the legend below the curves
-        figures.log_axis(axes.yaxis)
-        axes.grid(True)
-        axes.legend(loc='lower left')
-    figures.save_figure(path, figure)
+    print(f'four figures are in {args.out}')
 
 
 def plot_pairs(path, generator, scores, device):

@@ -5,7 +5,6 @@ import numpy as np
 import p5_diffusion
 import p6_acgan
 import pytest
-import report.figures
 import torch
 from conftest import assert_one_line, records, run, state, stop, train, weights
 from models import (ClassDiscriminator, ClassNorm, Generator, UNet, load_checkpoint, load_net, measure_generated,
@@ -214,8 +213,8 @@ def test_class_loss_of_generated_images_is_a_flag(data_dir, tmp_path):
 def test_figures(copy_of_project, data_dir, tmp_path, capsys):
     """The real --plot from small nets and made-up scores; another net in the place of a scored one is refused."""
     folder, scores, sums = copy_of_project / 'checkpoints', [], {}
-    drawn = {'p5_diffusion': ['fig5_1.txt', 'fig5_2.jpg', 'fig5_4.png', 'table5.csv'],
-             'p6_acgan': ['fig6_1.txt', 'fig6_2.jpg', 'fig6_3.png', 'fig6_4.jpg', 'fig6_5.jpg']}
+    drawn = {'p5_diffusion': ['fig5_1.txt', 'fig5_2.jpg', 'table5.csv'],
+             'p6_acgan': ['fig6_1.txt', 'fig6_2.jpg', 'fig6_4.jpg', 'fig6_5.jpg']}
     for program, what, name, flags in (
             (p5_diffusion, 'diffusion', 'p5_diffusion', []), (p6_acgan, 'acgan', 'p6_acgan', []),
             (p6_acgan, 'acgan_paper', 'p6_acgan_paper', ['--generated_class_weight', 1]),
@@ -247,19 +246,6 @@ def test_figures(copy_of_project, data_dir, tmp_path, capsys):
     write_log(str(folder / 'p5_scores.jsonl'), scores)
     result = run(['python3', copy_of_project / 'p6_acgan.py', '--plot', '--out', tmp_path / 'other'])
     assert_one_line(result, 'has no scores of', 'p6_acgan_smiling.pth', 'benchmark.py conditional')
-
-
-def test_curves_of_the_scores_show_their_records(tmp_path, monkeypatch):
-    """fig5_4: accuracy above and distance below, over the guidance to the left and over the steps to the right."""
-    drawn, scores = [], [dict(kind='digits', what=what, accuracy=0.5, frechet=9.0) for what in ('real', 'acgan')]
-    for index, (steps, guidance) in enumerate(((50, 0.0), (50, 2.0), (10, 2.0))):
-        scores.append(dict(kind='digits', what='diffusion', sampling_steps=steps, guidance=guidance,
-                           accuracy=0.91 + index / 100, frechet=30.0 + index))
-    monkeypatch.setattr(report.figures, 'save_figure', lambda path, figure: drawn.append(figure))
-    p5_diffusion.plot_scores('fig5_4.png', scores)
-    lines = [axes.get_lines()[0].get_xydata().tolist() for axes in drawn[0].axes]
-    assert np.allclose(lines[0], [[0, 91], [2, 92]]) and np.allclose(lines[1], [[10, 93], [50, 92]])
-    assert np.allclose(lines[2], [[0, 30], [2, 31]]) and np.allclose(lines[3], [[10, 32], [50, 31]])
 
 
 def test_judge_is_asked_for(data_dir, tmp_path):

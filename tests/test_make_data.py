@@ -167,7 +167,7 @@ def test_every_part_is_as_the_assignment_has_it(archives, server, tmp_path):
 
 
 def test_what_is_there_is_neither_fetched_nor_made_again(server, tmp_path, capsys):
-    call(make_data, '--only', 'usps', tmp_path / 'data')           # OUT may stand behind --only
+    call(make_data, tmp_path / 'data', '--only', 'usps')
     assert set(server.asked) == {'/usps.bz2', '/usps.t.bz2'}
     server.asked.clear()
     shutil.rmtree(str(tmp_path / 'data' / 'digits' / 'usps' / 'test'))
