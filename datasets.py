@@ -192,8 +192,6 @@ def split_held_out(count):
 
     500 images are held out, or a tenth of a set of fewer than 5,000.
     """
-    if count < 2:
-        raise UserError(f'training needs two images or more, and there is {count}: add some')
     order = np.random.RandomState(HELD_OUT_SEED).permutation(count)
     held_out = min(HELD_OUT, max(1, count // 10))
     return torch.from_numpy(np.sort(order[held_out:])), torch.from_numpy(np.sort(order[:held_out]))

@@ -402,8 +402,7 @@ def pick_precision(device):
         with autocast(device, precision):
             output = conv(images)
         output.float().sum().backward()
-        # the first round also builds the kernels; the least of the rounds leaves that out
-        seconds[precision] = min(seconds.get(precision, 1e9), time.perf_counter() - start)
+        seconds[precision] = min(seconds.get(precision, 1e9), time.perf_counter() - start)     # the first is slow
     return min(seconds, key=seconds.get)
 
 

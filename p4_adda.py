@@ -323,9 +323,9 @@ def plot(args):
     figures.plot_confusion(os.path.join(args.out, 'fig4_6.png'), predictions)
     figures.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain_predictions)
     figures.plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), predictions)
-    figures.plot_bars(os.path.join(args.out, 'fig4_8.png'), [
-        (name, results, key) for name, (_, results, key) in zip(
-            ('source only', 'DANN + entropy', 'improved ADDA', 'with labels'), table_rows('asked'))])
+    names = ('source only', 'DANN + entropy', 'improved ADDA', 'with labels')
+    figures.plot_bars(os.path.join(args.out, 'fig4_8.png'),
+                      [(name,) + row[1:] for name, row in zip(names, table_rows('asked'))])
     print(f'twelve figures and tables are in {args.out}')
 
 
@@ -358,12 +358,11 @@ def table_rows(directions):
             ('improved ADDA', improved, 'accuracy'), ('upper bound: target only', upper, 'accuracy')]
     if directions == 'others':
         return rows
-    return rows + [
-        ('improved ADDA, shipped: seed 0', [run for run in improved if run['seed'] == 0], 'accuracy'),
-        ('improved ADDA, before adaptation', improved, 'unadapted_accuracy'),
-        ('improved ADDA, no discriminator', control, 'accuracy'), ('plain ADDA', plain, 'accuracy'),
-        ('plain ADDA, before adaptation', plain, 'unadapted_accuracy'),
-        ('improved ADDA, on 500 held-out target images', improved, 'held_out_accuracy')]
+    return rows + [('improved ADDA, shipped: seed 0', [run for run in improved if run['seed'] == 0], 'accuracy'),
+                   ('improved ADDA, before adaptation', improved, 'unadapted_accuracy'),
+                   ('improved ADDA, no discriminator', control, 'accuracy'), ('plain ADDA', plain, 'accuracy'),
+                   ('plain ADDA, before adaptation', plain, 'unadapted_accuracy'),
+                   ('improved ADDA, on 500 held-out target images', improved, 'held_out_accuracy')]
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -20,12 +20,7 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import p1_vae                                                                       # noqa: E402
-import p2_gan                                                                       # noqa: E402
-import p3_dann                                                                      # noqa: E402
-import p4_adda                                                                      # noqa: E402
-import p5_diffusion                                                                 # noqa: E402
-import p6_acgan                                                                     # noqa: E402
+import p1_vae, p2_gan, p3_dann, p4_adda, p5_diffusion, p6_acgan        # noqa: E401, E402
 from datasets import DIRECTIONS, HELD_OUT, SOURCE_OF, UserError, run_command, write_text, write_whole        # noqa: E402
 from models import CHECKPOINTS, base_of, check_scores, read_log, read_results, sha256                        # noqa: E402
 from report.figures import PER_DOMAIN, SEEDS, accuracies, rounded, scenario_name, table_cell                 # noqa: E402

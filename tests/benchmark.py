@@ -25,10 +25,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import p1_vae                                                                       # noqa: E402
-import p2_gan                                                                       # noqa: E402
-import p5_diffusion                                                                 # noqa: E402
-import p6_acgan                                                                     # noqa: E402
+import p1_vae, p2_gan, p5_diffusion, p6_acgan        # noqa: E401, E402
 from datasets import (FaceImages, list_images, make_grid, read_digits, save_picture, save_single_images,     # noqa: E402
                       split_held_out, to_float)
 from models import (CHECKPOINTS, VAE, DigitNet, Generator, UNet, accuracy, digit_features,   # noqa: E402

@@ -21,12 +21,7 @@ import torch                                                                    
 
 import datasets                                                                     # noqa: E402
 import models                                                                       # noqa: E402
-import p1_vae                                                                       # noqa: E402
-import p2_gan                                                                       # noqa: E402
-import p3_dann                                                                      # noqa: E402
-import p4_adda                                                                      # noqa: E402
-import p5_diffusion                                                                 # noqa: E402
-import p6_acgan                                                                     # noqa: E402
+import p1_vae, p2_gan, p3_dann, p4_adda, p5_diffusion, p6_acgan        # noqa: E401, E402
 
 ATTRIBUTES = ['Bangs', 'Blond_Hair', 'Male', 'Smiling']
 

@@ -229,8 +229,6 @@ def test_held_out_part_is_fixed_and_apart():
     assert (datasets.split_held_out(9000)[1] == held_out).all()
     assert held_out[:3].tolist() == [1, 16, 28]          # the shipped model was chosen on these
     assert [len(part) for part in datasets.split_held_out(2)] == [1, 1]
-    with pytest.raises(UserError, match='two images or more'):
-        datasets.split_held_out(1)
 
 
 def test_ranges_and_flips():

@@ -17,7 +17,7 @@ import p6_acgan
 import pytest
 import torch
 from conftest import (ROOT, SMALL, TINY, assert_one_line, assert_same_run, call, file_limit, records, refusal, run,
-                      same, state, stop, train, weights, write_faces, write_rows)
+                      same, state, stop, train, weights, write_rows)
 from datasets import FaceImages, read_digits, split_held_out, to_float, to_uint8
 from models import load_checkpoint, load_net, save_checkpoint, with_statistics
 from PIL import Image
@@ -420,11 +420,6 @@ def test_augmentation_of_the_gan_can_be_turned_off(data_dir, tmp_path):
         train(p2_gan, data_dir, tmp_path / name, '--steps', 2, *words)
     assert records(tmp_path / 'two.pth', 'run')[0]['settings']['augment'] == 0
     assert records(tmp_path / 'one.pth', 'train') != records(tmp_path / 'two.pth', 'train')
-
-
-def test_gan_needs_enough_faces_for_a_score(tmp_path):
-    with pytest.raises(SystemExit, match='20 training faces'):
-        train(p2_gan, write_faces(tmp_path / 'few', (12, 12)), tmp_path / 'run.pth')
 
 
 @pytest.mark.parametrize('setting,augment', [('source', 0), ('target', 1)])
