@@ -79,20 +79,6 @@ def test_guidance_goes_on_from_the_untold_noise_through_the_told_one():
         assert torch.allclose(guided, 2.5 * told - 1.5 * untold, atol=1e-5)
 
 
-def test_what_the_unet_is_told_moves_its_output():
-    net, x = small_unet(), torch.randn(1, 3, 28, 28).expand(2, -1, -1, -1)
-    with torch.no_grad():
-        for steps, labels in (((5, 5), (0, 2)), ((5, 6), (0, 0))):
-            first, second = net(x, torch.tensor(steps), torch.tensor(labels))
-            assert first.shape == (3, 28, 28) and not torch.allclose(first, second, atol=1e-4)
-
-
-def test_new_unet_is_told_nothing_yet():
-    """What its blocks add to their skips begins as 0."""
-    net, x = UNet([8, 16], 3, 8), torch.randn(2, 3, 28, 28)
-    assert torch.equal(*[net(x, torch.tensor([3, 4]), torch.tensor(labels)) for labels in ([0, 1], [2, 3])])
-
-
 @pytest.mark.parametrize('data', ['digits', 'faces'])
 def test_nets_of_acgan(data):
     """Two images of one noise differ by their label, and the discriminator sees images of this size."""

@@ -8,8 +8,8 @@ import torch
 
 import p3_dann
 import p4_adda
-from datasets import DigitImages, augment_digits, balanced_rows
-from models import (DigitEncoder, DigitNet, DomainDiscriminator, GradientReversal, domain_accuracy,
+from datasets import augment_digits, balanced_rows
+from models import (DigitEncoder, DigitNet, GradientReversal, domain_accuracy,
                     domain_loss, in_threads, predict, with_statistics)
 
 CPU = torch.device('cpu')
@@ -46,14 +46,6 @@ def test_schedules():
     assert all(later > earlier for earlier, later in zip(strengths, strengths[1:]))
 
 
-@pytest.mark.parametrize('config', [SMALL, p3_dann.NET])
-def test_shapes_of_the_nets(config):
-    net = DigitNet(**config)
-    features = net.encoder(torch.rand(3, 3, 28, 28))
-    assert features.shape == (3, net.features) and net(torch.rand(3, 3, 28, 28)).shape == (3, 10)
-    assert DomainDiscriminator(net.features, 8)(features).shape == (3,)
-
-
 def test_encoder_does_not_see_brightness_and_contrast():
     encoder = DigitEncoder([4, 6, 8], True).eval()
     x = torch.rand(2, 3, 28, 28)
@@ -83,18 +75,6 @@ def test_prediction_depends_on_no_other_image():
         assert torch.equal(predict(net, images, CPU, batch_size), together)
     order = torch.randperm(33)
     assert torch.equal(predict(net, images[order], CPU), together[order])
-
-
-# data ---------------------------------------------------------------------------------------------
-
-def test_digits_come_sorted_whole_and_with_their_labels(data_dir):
-    for domain in ('mnistm', 'svhn', 'usps'):
-        digits = DigitImages(data_dir, domain, 'train')
-        assert digits.names == [f'{index:05d}.png' for index in range(40)]
-        assert digits.images.shape == (40, 3, 28, 28) and digits.images.dtype == torch.uint8
-        assert digits.labels.tolist() == [index % 10 for index in range(40)]
-    # USPS is grey
-    assert (digits.images[:, 0] == digits.images[:, 2]).all() and digits.images.max() > 200
 
 
 def test_augmentation_keeps_shapes_and_repeats_under_a_seed():

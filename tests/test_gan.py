@@ -91,28 +91,6 @@ def test_spectral_norm_against_svd():
         assert np.linalg.svd(used.numpy(), compute_uv=False)[0] == pytest.approx(1, abs=1e-3)
 
 
-def test_shapes_and_ranges():
-    for channels in (SMALL, p2_gan.NET['channels']):
-        generator = Generator(16, channels)
-        images = generator(torch.randn(3, 16))
-        assert images.shape == (3, 3, 64, 64) and images.abs().max() <= 1
-        assert p2_gan.to_unit(images).min() >= 0 and p2_gan.to_unit(images).max() <= 1
-    for norm in ('batch', 'layer', 'spectral', 'none'):
-        score = Discriminator(SMALL, norm)(images)
-        assert score.shape == (3,)
-
-
-def test_batch_norm_alone_mixes_the_images_of_a_batch():
-    x = torch.rand(4, 3, 64, 64) * 2 - 1
-    for norm, independent in (('layer', True), ('spectral', True), ('none', True), ('batch', False)):
-        discriminator = Discriminator(SMALL, norm).train()
-        for _ in range(100):                   # until the power iteration has settled
-            discriminator(x)
-        with torch.no_grad():
-            same = torch.allclose(discriminator(x)[:2], discriminator(x[:2]), atol=1e-4)
-        assert same == independent, norm
-
-
 def test_augmentation_of_strength_zero_changes_nothing():
     x = torch.rand(5, 3, 64, 64) * 2 - 1
     assert torch.equal(p2_gan.augment(x, 0, stream()), x)
@@ -123,15 +101,6 @@ def test_augmentation_of_strength_zero_changes_nothing():
 def test_augmentation_is_differentiable():
     x = (torch.rand(2, 3, 8, 8) * 2 - 1).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: p2_gan.augment(x, 1.0, stream(4)), (x,))
-
-
-def test_augmentation_repeats_under_a_seed_and_differs_between_images():
-    x = (torch.rand(1, 3, 64, 64) * 2 - 1).expand(6, -1, -1, -1)
-    first = p2_gan.augment(x, 1.0, stream(1))
-    assert first.shape == x.shape and first.dtype == x.dtype
-    assert torch.equal(first, p2_gan.augment(x, 1.0, stream(1)))
-    assert not torch.equal(first, p2_gan.augment(x, 1.0, stream(2)))
-    assert len({image.numpy().tobytes() for image in first}) == 6
 
 
 def test_augmentation_of_flat_images():
@@ -146,24 +115,6 @@ def test_augmentation_of_flat_images():
     assert -0.5 <= min(values) < -0.4 and 0.4 < max(values) <= 0.5
     # at least the blank's quarter that lies inside is gone, at most all of it and two eighths
     assert 0.75 * (7 / 8) ** 2 - 0.25 * 15 / 64 <= min(kept) < max(kept) <= 1 - 0.25 / 4 + 0.02
-
-
-def test_augmentation_changes_saturation_and_contrast():
-    """Of an image with two colours, both factors fill their ranges, 0 to 2 and 0.5 to 1.5."""
-    x = torch.zeros(200, 3, 64, 64)
-    x[:, 0], x[:, :, :, 32:] = 0.2, x[:, :, :, 32:] + 0.1      # reddish, and to the right brighter
-    x[:, 0, :, 32:] = 0.3
-    saturations, contrasts = [], []
-    for image in p2_gan.augment(x, 1.0, stream()):
-        seen = (image != 0).all(0)
-        left, right = seen[:, 8:24], seen[:, 40:56]            # parts that no move brings over the edge
-        if left.any() and right.any():
-            left, right = image[:, :, 8:24][:, left].mean(1), image[:, :, 40:56][:, right].mean(1)
-            contrasts.append(((right - left).mean() / 0.1).item())
-            saturations.append(((left[0] - left[1]) / 0.2).item() / contrasts[-1])
-    assert len(contrasts) > 150
-    assert 0.5 <= min(contrasts) + 1e-3 < 0.55 and 1.45 < max(contrasts) <= 1.5 + 1e-3
-    assert 0 <= min(saturations) + 1e-3 < 0.1 and 1.9 < max(saturations) <= 2 + 1e-3
 
 
 def test_augmentation_moves_by_at_most_an_eighth():

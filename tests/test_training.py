@@ -372,35 +372,6 @@ def test_penalty_counts_with_its_weight(data_dir, tmp_path):
     assert torch.allclose(sixteenth, always, rtol=1e-3, atol=1e-7) and not torch.allclose(sixteenth, never, rtol=0.1)
 
 
-def test_gan_keeps_its_judge(data_dir, tmp_path):
-    """A held-out score of another VAE cannot be compared with the scores before."""
-    ckpt, judge = tmp_path / 'run.pth', tmp_path / 'judge.pth'
-    checkpoint = load_checkpoint(p2_gan.JUDGE, 'p1_vae')
-    save_checkpoint(str(judge), checkpoint)
-    stop(p2_gan, data_dir, ckpt, '--steps', 5000, at=6, JUDGE=str(judge))
-    save_checkpoint(str(judge), dict(checkpoint, step=1))
-    with pytest.raises(SystemExit, match='was started with judge .*delete the file to start anew'):
-        train(p2_gan, data_dir, ckpt, '--resume', JUDGE=str(judge))
-    judge.unlink()
-    with pytest.raises(SystemExit, match=r'judge.pth.*p1_vae.py --train'):
-        train(p2_gan, data_dir, ckpt, '--resume', JUDGE=str(judge))
-
-
-def test_log_of_the_gan_has_means_over_its_steps(own_data_dir, tmp_path):
-    """Of one flat image, whose score does not change while the nets do not learn."""
-    folder, means = os.path.join(own_data_dir, 'face', 'train'), []
-    for name in os.listdir(folder):
-        Image.new('RGB', (64, 64), (90, 120, 200)).save(os.path.join(folder, name))
-    methods = dict(wgan_gp=dict(p2_gan.METHODS['wgan_gp'], learning_rates=(0.0, 0.0)))
-    for log_every in (1, 5):
-        ckpt = tmp_path / f'{log_every}.pth'
-        train(p2_gan, own_data_dir, ckpt, '--steps', 5, '--method', 'wgan_gp', '--augment', 0, LOG_EVERY=log_every,
-              METHODS=methods)
-        means.append([record['real'] for record in records(ckpt, 'train')])
-    assert len(means[0]) == 5 and abs(means[0][0]) > 1e-5
-    assert means[1] == [pytest.approx(sum(means[0]) / 5, rel=1e-4)]
-
-
 @each(DIGITS)
 def test_log_of_the_digits_has_means_over_its_steps(program, data_dir, tmp_path):
     """Over those that have the loss: ADDA's last two steps of ten have no label loss."""
@@ -413,13 +384,6 @@ def test_log_of_the_digits_has_means_over_its_steps(program, data_dir, tmp_path)
     assert len(single) == 10 and [record['label_loss'] for record in means] == [
         pytest.approx(mean_of(part, 'label_loss'), rel=1e-4) for part in (single[:5], single[5:])]
     assert ('label_loss' in single[-1]) == (program is p3_dann)
-
-
-def test_augmentation_of_the_gan_can_be_turned_off(data_dir, tmp_path):
-    for name, words in (('one.pth', []), ('two.pth', ['--augment', 0])):
-        train(p2_gan, data_dir, tmp_path / name, '--steps', 2, *words)
-    assert records(tmp_path / 'two.pth', 'run')[0]['settings']['augment'] == 0
-    assert records(tmp_path / 'one.pth', 'train') != records(tmp_path / 'two.pth', 'train')
 
 
 @pytest.mark.parametrize('setting,augment', [('source', 0), ('target', 1)])
