@@ -324,8 +324,8 @@ def readme_parts(texts):
         results=markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'],
                          digits) + (
             f'\nMeans over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN is a part of the '
-            'official test set, and easier than the whole.\nThe VAE reconstructs test faces with a mean squared error of '
-            f'{vae["mse"]} per pixel ({vae["draw"]} from a draw) at {vae["kl"]} nats. A classifier reads\n'
+            'official test set, and easier than the whole.\nThe VAE reconstructs test faces with a mean squared error '
+            f'of {vae["mse"]} per pixel ({vae["draw"]} from a draw) at {vae["kl"]} nats. A classifier reads\n'
             f'{read_as_asked[0]} % of the digits that diffusion draws as what was asked for, and {read_as_asked[1]} % '
             'of those of ACGAN.\n\n- **Augmentation** helps most: it lifts the net that has only source labels from '
             '{0[0]} to {0[1]} % (MNIST-M) and from {1[0]} to {1[1]} % (SVHN).\n'.format(*augmented)))
