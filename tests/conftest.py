@@ -103,6 +103,11 @@ def assert_same_run(program, one, two):
         assert records(one, kind) == records(two, kind)
 
 
+def each(programs):
+    """Run a test once with each of these programs."""
+    return pytest.mark.parametrize('program', programs, ids=[program.PROBLEM[:2] for program in programs])
+
+
 def call(program, *words):
     """Call program.main(words) in this process, as its command line would; an exit is an error."""
     program.main([str(word) for word in words])
@@ -146,6 +151,17 @@ def assert_one_line(result, *words, code=1):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert str(word) in lines[0]
+
+
+def assert_drawn(out, names):
+    """Every file is there, every picture has more than a few colours, and every text prints a model."""
+    assert sorted(os.listdir(str(out))) == names
+    for name in names:
+        if name.endswith('.txt'):
+            assert (out / name).read_text().count('): ') > 5, name
+        if name.endswith(('.png', '.jpg')):    # a few bytes may do: after so few steps faces are nearly flat
+            with Image.open(str(out / name)) as picture:
+                assert len(picture.convert('RGB').getcolors(2 ** 24)) > 20, name
 
 
 def draw_face(rng):

@@ -9,16 +9,15 @@ import torch
 import p3_dann
 import p4_adda
 from datasets import augment_digits, balanced_rows
-from models import (DigitEncoder, DigitNet, GradientReversal, domain_accuracy,
-                    domain_loss, in_threads, predict, with_statistics)
+from models import (DigitEncoder, DigitNet, GradientReversal, domain_accuracy, domain_loss, in_threads, predict,
+                    with_statistics)
 
 CPU = torch.device('cpu')
 SMALL = dict(channels=[4, 6, 8], dropout=0.5)
 
 
 def test_gradient_reversal_against_autograd_by_hand():
-    x = torch.randn(4, 5, requires_grad=True)
-    weights = torch.randn(4, 5)
+    x, weights = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     y = GradientReversal.apply(x, 0.3)
     assert torch.equal(y, x)
     (weights * y ** 2).sum().backward()
@@ -27,9 +26,8 @@ def test_gradient_reversal_against_autograd_by_hand():
 
 def test_domain_loss_is_a_cross_entropy():
     source, target = torch.randn(7), torch.randn(7)
-    logits = torch.cat([source, target])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, torch.cat([torch.ones(7), torch.zeros(7)]))
+        torch.cat([source, target]), torch.cat([torch.ones(7), torch.zeros(7)]))
     assert domain_loss(source, target).item() == pytest.approx(expected.item(), abs=1e-6)
 
 

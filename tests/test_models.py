@@ -10,9 +10,8 @@ from conftest import ROOT, refusal
 import models
 import p1_vae
 from datasets import UserError
-from models import (VAE, Generator, autocast, base_of, cosine_rate, decode_noise, load_checkpoint,
-                    pick_device, pick_precision, plain_state, save_checkpoint,
-                    update_average)
+from models import (VAE, Generator, autocast, base_of, cosine_rate, decode_noise, load_checkpoint, pick_device,
+                    pick_precision, plain_state, save_checkpoint, update_average)
 
 SMALL = dict(latent_dim=6, channels=[4, 6, 8, 10])
 CPU = torch.device('cpu')
@@ -63,8 +62,7 @@ def test_measure_against_a_plain_sum():
         x = images.float() / 255
         mean, log_variance = vae.encoder(x)
         assert found['mse'] == pytest.approx(((vae.decoder(mean) - x) ** 2).mean().item(), rel=1e-5)
-        assert found['kl'] == pytest.approx(
-            p1_vae.kl_divergence(mean, log_variance).mean().item(), rel=1e-5)
+        assert found['kl'] == pytest.approx(p1_vae.kl_divergence(mean, log_variance).mean().item(), rel=1e-5)
         noise = torch.from_numpy(np.random.RandomState(0).standard_normal((5, 6)).astype(np.float32))
         draw = vae.decoder(mean + (log_variance / 2).exp() * noise)
         assert found['reconstruction'] == pytest.approx(((draw - x) ** 2).mean().item(), rel=1e-5)
@@ -208,5 +206,5 @@ def test_shipped_checkpoint_is_plain_and_small(problem):
     assert all(value.is_contiguous() for value in checkpoint['net'].values())
     assert checkpoint['command'].startswith(f'python3 {problem}.py --train')
     assert checkpoint['metrics']['images'] >= 1000
-    assert set(checkpoint['net']) == set(dict(
-        p1_vae=VAE, p2_gan=Generator)[problem](**checkpoint['config']).state_dict())
+    assert set(checkpoint['net']) == set(
+        dict(p1_vae=VAE, p2_gan=Generator)[problem](**checkpoint['config']).state_dict())

@@ -19,7 +19,7 @@ import p3_dann
 import p4_adda
 import p5_diffusion
 import pytest
-from conftest import ROOT, assert_one_line, call, file_limit, refusal, run
+from conftest import ROOT, assert_one_line, call, each, file_limit, refusal, run
 from PIL import Image
 
 from models import load_checkpoint, save_checkpoint
@@ -31,11 +31,6 @@ CHECKPOINTS = os.path.join(ROOT, 'checkpoints')
 DRAWING, LABELLING = [p1_vae, p2_gan, p5_diffusion], [p3_dann, p4_adda]
 SCRIPT = os.path.join(ROOT, 'hw3_{}.sh')
 NAME = 'p3_dann_usps.pth'    # the checkpoint that is fetched
-
-
-def each(programs):
-    """Run a test once with each of these programs."""
-    return pytest.mark.parametrize('program', programs, ids=[program.PROBLEM[:2] for program in programs])
 
 
 def usual(program, folder):
