@@ -16,8 +16,8 @@ import p5_diffusion
 import p6_acgan
 import pytest
 import torch
-from conftest import (ROOT, SMALL, TINY, assert_drawn, assert_one_line, assert_same_run, call, each, file_limit, records,
-                      refusal, run, same, state, stop, train, weights, write_rows)
+from conftest import (ROOT, SMALL, TINY, assert_drawn, assert_one_line, assert_same_run, call, each, file_limit,
+                      records, refusal, run, same, state, stop, train, weights, write_rows)
 from datasets import FaceImages, read_digits, split_held_out, to_float, to_uint8
 from models import load_checkpoint, load_net, save_checkpoint, with_statistics
 from PIL import Image
