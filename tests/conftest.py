@@ -244,9 +244,8 @@ def own_data_dir(tmp_path):
 def copy_of_project(tmp_path):
     """The project's own files in a folder of their own, with a space in its name."""
     folder = tmp_path / 'a copy'
-    folder.mkdir()
-    (folder / 'checkpoints').mkdir()
-    (folder / 'report').mkdir()
+    for part in ('', 'checkpoints', 'report'):
+        (folder / part).mkdir()
     shutil.copy(os.path.join(ROOT, 'report', 'figures.py'), str(folder / 'report'))
     for name in os.listdir(ROOT):
         if name.endswith(('.sh', '.py')):

@@ -13,10 +13,8 @@ def test_discriminator_sees_products_of_features_and_probabilities():
     assert p4_adda.discriminator_input(features, logits, False) is features
     found = p4_adda.discriminator_input(features, logits, True)
     probabilities = torch.softmax(logits, 1)
-    assert found.shape == (4, 50)
-    for row in range(4):
-        expected = torch.ger(probabilities[row], features[row]).flatten()
-        assert torch.allclose(found[row], expected, atol=1e-6)
+    expected = torch.stack([torch.ger(*row).flatten() for row in zip(probabilities, features)])
+    assert found.shape == (4, 50) and torch.allclose(found, expected, atol=1e-6)
 
 
 def test_fooling_loss_is_the_discriminators_with_the_labels_changed():
@@ -103,5 +101,4 @@ def test_patches_are_enlarged_pieces_of_the_images():
     span = (patches[:, 0, 14].max(1)[0] - patches[:, 0, 14].min(1)[0])
     assert span.min() > 0.2 and span.max() < 0.52 and span.max() - span.min() > 0.15
     assert patches[:, 0, 14, 0].std() > 0.1          # from different places
-    again = random_patches(slope, torch.Generator().manual_seed(0))
-    assert torch.equal(patches, again)
+    assert torch.equal(patches, random_patches(slope, torch.Generator().manual_seed(0)))

@@ -5,6 +5,7 @@ import p6_acgan
 import pytest
 import torch
 from conftest import assert_drawn, assert_one_line, records, run, same, state, stop, train, weights
+from datasets import FaceImages
 from models import (ClassDiscriminator, ClassNorm, FaceGenerator, Generator, UNet, load_checkpoint, load_net,
                     measure_generated, sha256, write_log)
 
@@ -158,9 +159,12 @@ def test_training_lowers_the_error_of_the_noise(data_dir, tmp_path):
 
 
 def test_faces_start_from_problem_2_and_the_discriminator_learns_alone(data_dir, tmp_path):
-    """At the start every label gives the face of problem 2; the generator moves after the first ALONE steps."""
+    """At the start every label gives the face of problem 2; the generator moves after the first ALONE steps.
+
+    Its average counts the steps from there on.
+    """
     ckpt, first = tmp_path / 'run.pth', load_net(Generator, p6_acgan.FACES_START, 'p2_gan', CPU)[0]
-    stop(p6_acgan, data_dir, ckpt, '--steps', 9, *FACES, at=4, every=3)
+    stop(p6_acgan, data_dir, ckpt, '--steps', 9, *FACES, at=4, every=1)
     net, average = state(p6_acgan, ckpt)['net'], FaceGenerator(**p6_acgan.GENERATOR['faces']).eval()
     average.load_state_dict(state(p6_acgan, ckpt)['average'])
     z = torch.randn(2, 128)
@@ -168,8 +172,10 @@ def test_faces_start_from_problem_2_and_the_discriminator_learns_alone(data_dir,
     assert same({name: value for name, value in net.items() if name.endswith(('weight', 'bias'))}, average.state_dict())
     assert all(set(record) == {'kind', 'step', 'discriminator_loss', 'class_loss', 'learning_rate'}
                for record in records(ckpt, 'train', '_last.jsonl'))
-    train(p6_acgan, data_dir, ckpt, '--resume', every=3)
-    assert weights(p6_acgan, ckpt)['project.weight'][:, 128:].abs().max() > 0
+    stop(p6_acgan, data_dir, ckpt, '--resume', at=5, every=1)
+    after, start = state(p6_acgan, ckpt), average.state_dict()['project.weight']
+    assert after['net']['project.weight'][:, 128:].abs().max() > 0
+    assert torch.allclose(after['average']['project.weight'], start / 21 + 20 / 21 * after['net']['project.weight'])
 
 
 def test_penalty_of_acgan_counts_with_its_weight(data_dir, tmp_path):
@@ -234,11 +240,14 @@ def test_judge_is_asked_for(data_dir, tmp_path):
             train(program, data_dir, tmp_path / 'run.pth', JUDGE='none.pth')
 
 
-def test_attribute_of_a_resumed_run(data_dir, tmp_path):
-    """Another one than that of its start is refused; without faces there is none."""
+def test_attribute_of_a_resumed_run(data_dir, tmp_path, monkeypatch):
+    """The second class has it; another one than that of its start is refused."""
+    seen = []
+    monkeypatch.setattr(p6_acgan, 'data_checksum', lambda images, labels, test: seen.append(labels.tolist()) or 'sum')
     flags = ['--steps', 3, '--data', 'faces', '--attribute']
     for words in (['Male'], ['Male', '--resume']):
         train(p6_acgan, data_dir, tmp_path / 'm.pth', *flags + words)
+    assert seen == 2 * [FaceImages(data_dir, 'train').attribute('Male').astype(int).tolist()]
     with pytest.raises(SystemExit, match='attribute Male'):
         train(p6_acgan, data_dir, tmp_path / 'm.pth', *flags + ['Smiling', '--resume'])
 
@@ -246,9 +255,10 @@ def test_attribute_of_a_resumed_run(data_dir, tmp_path):
 @pytest.mark.parametrize('learner', ['generator', 'discriminator'])
 def test_each_net_of_acgan_learns_against_one_that_stays(data_dir, tmp_path, learner):
     """A generator alone comes to be called real and of its class; a discriminator alone tells both."""
-    ckpt, rates = tmp_path / 'run.pth', dict(generator=(5e-3, 0.0), discriminator=(0.0, 5e-3))[learner]
+    ckpt = tmp_path / 'run.pth'
+    rates, steps = dict(generator=((5e-3, 0.0), 60), discriminator=((0.0, 5e-4), 120))[learner]
     # the first scores of a narrow discriminator hardly differ
-    train(p6_acgan, data_dir, ckpt, '--steps', 60, every=60, LEARNING_RATES=dict(digits=rates),
+    train(p6_acgan, data_dir, ckpt, '--steps', steps, every=steps, LEARNING_RATES=dict(digits=rates),
           DISCRIMINATOR=p6_acgan.DISCRIMINATOR)
     log = records(ckpt, 'train')
     for name in [learner + '_loss', dict(generator='generator_class_loss', discriminator='class_loss')[learner]]:

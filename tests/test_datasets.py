@@ -9,7 +9,7 @@ from conftest import ATTRIBUTES, ROOT, file_limit, refusal, write_rows
 from PIL import Image
 
 import datasets
-from datasets import DigitImages, FaceImages, UserError, list_images, read_image, read_label_file
+from datasets import DigitImages, FaceImages, UserError, read_image, read_label_file
 
 FAULTS = os.path.join(ROOT, '..', 'shared', 'faults')
 
@@ -27,16 +27,6 @@ def test_faces_come_sorted_whole_and_with_their_rows(data_dir):
     with open(os.path.join(data_dir, 'face', 'test.csv')) as file:
         rows = [line.strip().split(',') for line in file][1:]
     assert faces.attribute('Male').tolist() == [row[3] == '1.0' for row in rows]
-
-
-def test_other_files_are_no_images(own_data_dir):
-    folder = os.path.join(own_data_dir, 'face', 'test')
-    for name in ('.DS_Store', '.hidden.png', 'Thumbs.db', 'notes.csv'):
-        with open(os.path.join(folder, name), 'w') as file:
-            file.write('no image')
-    os.mkdir(os.path.join(folder, 'folder.png'))
-    os.rename(os.path.join(folder, '00044.png'), os.path.join(folder, '00044.PNG'))
-    assert list_images(folder) == [f'000{number}.png'.replace('44.png', '44.PNG') for number in range(40, 52)]
 
 
 @pytest.mark.parametrize('mode', ['L', '1', 'P', 'RGB', 'RGBA', 'LA', 'CMYK', 'I;16'])

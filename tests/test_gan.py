@@ -115,6 +115,18 @@ def test_augmentation_of_flat_images():
     assert 0.75 * (7 / 8) ** 2 - 0.25 * 15 / 64 <= min(kept) < max(kept) <= 1 - 0.25 / 4 + 0.02
 
 
+def test_augmentation_changes_saturation_and_contrast():
+    """Of reddish stripes, of which every move and blank leaves some, both factors fill their ranges."""
+    x, saturations, contrasts = torch.zeros(200, 3, 64, 64), [], []
+    x[:, 0], x[:, :, :, ::2] = 0.2, x[:, :, :, ::2] + torch.tensor([0.3, 0.1, 0.1]).view(1, 3, 1, 1)
+    for image in p2_gan.augment(x, 1.0, stream()):
+        seen = image[:, (image != 0).all(0)]
+        contrasts.append(((seen[1].max() - seen[1].min()) / 0.1).item())
+        saturations.append(((seen[0] - seen[1]).mean() / 0.2).item() / contrasts[-1])
+    assert 0.5 <= min(contrasts) + 1e-3 < 0.55 and 1.45 < max(contrasts) <= 1.5 + 1e-3
+    assert 0 <= min(saturations) + 1e-3 < 0.1 and 1.9 < max(saturations) <= 2 + 1e-3
+
+
 def test_augmentation_moves_by_at_most_an_eighth():
     images = torch.full((300, 3, 64, 64), -0.5)
     images[:, :, 32, 32] = 1

@@ -94,9 +94,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *words):
-        pass
-
 
 @pytest.fixture
 def server(archives, monkeypatch):
@@ -126,11 +123,6 @@ def server(archives, monkeypatch):
     server.server_close()
 
 
-def read(path):
-    with Image.open(str(path)) as image:
-        return np.asarray(image)
-
-
 def test_every_part_is_as_the_assignment_has_it(archives, server, tmp_path):
     folder, truth = archives
     out = tmp_path / 'data'
@@ -152,7 +144,7 @@ def test_every_part_is_as_the_assignment_has_it(archives, server, tmp_path):
             photo = photos[rng.randint(len(photos))]
             top, left = [rng.randint(length - 27) for length in photo.shape[:2]]
             piece = photo[top:top + 28, left:left + 28]
-            image = read(out / 'digits' / 'mnistm' / split / f'{index:05d}.png')
+            image = np.asarray(Image.open(str(out / 'digits' / 'mnistm' / split / f'{index:05d}.png')))
             assert (image == np.where(digit[..., None] > 0, 255 - piece, piece)).all()
     train, test = [datasets.FaceImages(str(out), split) for split in ('train', 'test')]
     assert train.names[0] == '00000.png' and test.names == [f'{index:05d}.png' for index in range(20, 30)]

@@ -178,12 +178,6 @@ def test_checkpoint_that_does_not_fit(tmp_path, capsys, spoil, cause):
     assert code == 1 and all(word in line for word in ['x.pth does not fit VAE', 'name a file', cause]), line
 
 
-def test_weights_without_a_checkpoint_around_them(tmp_path):
-    torch.save(VAE(**SMALL).state_dict(), str(tmp_path / 'x.pth'), _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match='a checkpoint of something else, not of p1_vae'):
-        load_checkpoint(str(tmp_path / 'x.pth'), 'p1_vae')
-
-
 def test_want_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
     save_checkpoint(str(tmp_path / 'x.pth'), small_checkpoint())
 

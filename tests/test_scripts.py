@@ -255,11 +255,13 @@ def test_wrong_checkpoints(program, tmp_path, capsys):
     shipped = os.path.join(CHECKPOINTS, problem + ('_usps.pth' if program in LABELLING else '.pth'))
     good, state = load_checkpoint(shipped, problem), problem + ' (training state)'
     unfit = dict(good, net=dict(list(good['net'].items())[1:]))
-    for name, content in dict(other=dict(problem='p9_x'), state=dict(problem=state), list=[1], unfit=unfit).items():
+    for name, content in dict(other=dict(problem='p9_x'), state=dict(problem=state), list=[1], unfit=unfit,
+                              bare=good['net']).items():
         save_checkpoint(str(tmp_path / (name + '.pth')), content)
     (tmp_path / 'text.pth').write_text('<html>not found</html>')
-    for name, cause in dict(none='there is no checkpoint', text='no checkpoint', unfit='does not fit', list='not of',
-                            other='of p9_x, not of ' + problem, state=f'of {state}, not of').items():
+    for name, cause in dict(
+            none='there is no checkpoint', text='no checkpoint', unfit='does not fit', list='not of',
+            bare='of something else', other='of p9_x, not of ' + problem, state=f'of {state}, not of').items():
         code, line = refusal(capsys, program, *words, '--ckpt', tmp_path / (name + '.pth'))
         assert code == 1 and name + '.pth' in line and cause in line and not words[-1].exists()
     if program in LABELLING:

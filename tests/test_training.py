@@ -245,6 +245,8 @@ def test_file_of_another_kind_is_not_overwritten(data_dir, tmp_path):
         with pytest.raises(SystemExit, match=f'{name}.*{words}.*name another file'):
             train(p1_vae, data_dir, tmp_path / name, '--steps', 1)
         assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(SystemExit, match='is a folder'):
+        train(p1_vae, data_dir, tmp_path)
     assert len(os.listdir(str(tmp_path))) == 2
 
 
@@ -333,8 +335,13 @@ def test_init_takes_weights_but_not_the_run(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize('method', sorted(p2_gan.METHODS))
-def test_methods_of_the_gan(data_dir, tmp_path, method):
-    """Seventeen steps of each, some of them stopped and resumed, with all that the learning curves need."""
+def test_methods_of_the_gan(data_dir, tmp_path, monkeypatch, method):
+    """Seventeen steps of each, some of them stopped and resumed, with all that the learning curves need.
+
+    Where the statistics of a batch count, real and generated images are in batches of their own.
+    """
+    sizes, forward = set(), models.Discriminator.forward
+    monkeypatch.setattr(models.Discriminator, 'forward', lambda net, x: (sizes.add(len(x)), forward(net, x))[1])
     one, two = tmp_path / 'one.pth', tmp_path / 'two.pth'
     train(p2_gan, data_dir, one, '--steps', 17, '--method', method)
     if method in ('dcgan', 'wgan_gp'):
@@ -348,6 +355,7 @@ def test_methods_of_the_gan(data_dir, tmp_path, method):
         if record['step'] % p2_gan.METHODS[method]['generator_every'] == 0:
             wanted = wanted | {'generator_loss'}
         assert set(record) == wanted
+    assert sizes == ({4} if method == 'dcgan' else {4, 8})
     progress = load_checkpoint(str(one), 'p2_gan')['progress']
     assert [step for step, _ in progress] == [0, 5, 10]
     assert all(images.shape == (8, 3, 64, 64) for _, images in progress)
@@ -559,11 +567,6 @@ def test_loss_that_is_not_finite_stops_the_run(program, data_dir, tmp_path):
 def test_only_a_default_run_replaces_the_shipped_weights(program, data_dir, capsys):
     code, line = refusal(capsys, program, '--train', '--data_dir', data_dir, '--steps', 1)
     assert code == 1 and '--steps' in line and '--ckpt' in line
-
-
-def test_checkpoint_is_a_folder(data_dir, tmp_path):
-    with pytest.raises(SystemExit, match='is a folder'):
-        train(p1_vae, data_dir, tmp_path)
 
 
 FIGURES = {
