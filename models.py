@@ -575,10 +575,7 @@ def accuracy(net, images, labels, device):
 
 
 def nuclear_norm(probabilities):
-    """Nuclear norm of probabilities (N, 10), scaled to at most 1: high if sure and diverse; nan if one is not finite.
-
-    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
-    """
+    """Nuclear norm of probabilities (N, 10), scaled to at most 1, or nan: Cui et al. 2020 (arXiv 2003.12237), eq. 8."""
     if not torch.isfinite(probabilities).all():
         return math.nan
     return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
