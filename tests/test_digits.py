@@ -45,8 +45,7 @@ def test_schedules():
 
 
 def test_encoder_does_not_see_brightness_and_contrast():
-    encoder = DigitEncoder([4, 6, 8], True).eval()
-    x = torch.rand(2, 3, 28, 28)
+    encoder, x = DigitEncoder([4, 6, 8], True).eval(), torch.rand(2, 3, 28, 28)
     scale = torch.tensor([0.5, 2.0, 0.8]).view(1, 3, 1, 1)
     assert torch.allclose(encoder(x), encoder(scale * x + 0.3), atol=1e-3)
     assert not torch.allclose(encoder(x), encoder(1 - x), atol=1e-3)               # but polarity it does
@@ -54,8 +53,7 @@ def test_encoder_does_not_see_brightness_and_contrast():
 
 def test_renewed_statistics_are_those_of_the_images():
     """Of one batch, the first batch norm's statistics are the mean and variance that reach it."""
-    old = DigitNet(**SMALL).train()
-    images = torch.rand(40, 3, 28, 28)
+    old, images = DigitNet(**SMALL).train(), torch.rand(40, 3, 28, 28)
     net = with_statistics(old, images, CPU)
     convolution, pool, norm = net.encoder.layers[:3]
     x = pool(convolution(torch.nn.functional.instance_norm(images)))
