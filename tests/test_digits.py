@@ -37,8 +37,7 @@ def test_domain_accuracy_counts_either_domain_a_half():
 
 
 def test_schedules():
-    steps = 1000
-    strengths = [p3_dann.ramp_at(step, steps) for step in range(steps + 1)]
+    strengths = [p3_dann.ramp_at(step, 1000) for step in range(1001)]
     assert strengths[0] == 0 and strengths[-1] == pytest.approx(1, rel=1e-3)
     assert strengths[100] == pytest.approx(math.tanh(0.5))      # p = 0.1
     assert all(later > earlier for earlier, later in zip(strengths, strengths[1:]))

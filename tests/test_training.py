@@ -347,12 +347,13 @@ def test_init_takes_weights_but_not_the_run(data_dir, tmp_path):
 def test_methods_of_the_gan(data_dir, tmp_path, monkeypatch, method):
     """Seventeen steps of each, some of them stopped and resumed, with all that the learning curves need.
 
-    Where the statistics of a batch count, real and generated images are in batches of their own.
+    Where the statistics of a batch count, real and generated images are in batches of their own.  All faces are augmented.
     """
-    sizes, updates, forward = set(), [], models.Discriminator.forward
+    sizes, seen, updates, forward = set(), set(), [], models.Discriminator.forward
     monkeypatch.setattr(p2_gan, 'update_average', lambda *words: (
         updates.append(words[2]), models.update_average(*words)))
-    monkeypatch.setattr(models.Discriminator, 'forward', lambda net, x: (sizes.add(len(x)), forward(net, x))[1])
+    monkeypatch.setattr(models.Discriminator, 'forward', lambda net, x: (sizes.add(len(x)), seen.update(
+        image.numpy().tobytes() for image in to_uint8((x.detach() + 1) / 2)), forward(net, x))[-1])
     one, two = tmp_path / 'one.pth', tmp_path / 'two.pth'
     train(p2_gan, data_dir, one, '--steps', 17, '--method', method)
     if method in ('dcgan', 'wgan_gp'):
@@ -366,7 +367,9 @@ def test_methods_of_the_gan(data_dir, tmp_path, monkeypatch, method):
         if record['step'] % p2_gan.METHODS[method]['generator_every'] == 0:
             wanted = wanted | {'generator_loss'}
         assert set(record) == wanted
+    faces = FaceImages(data_dir, 'train').images
     assert sizes == ({4} if method == 'dcgan' else {4, 8}) and updates[:3] == [1, 2, 3]
+    assert not seen & {image.numpy().tobytes() for image in torch.cat([faces, faces.flip(3)])}
     progress = load_checkpoint(str(one), 'p2_gan')['progress']
     assert [step for step, _ in progress] == [0, 5, 10]
     assert all(images.shape == (8, 3, 64, 64) for _, images in progress)
