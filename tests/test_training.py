@@ -347,7 +347,7 @@ def test_init_takes_weights_but_not_the_run(data_dir, tmp_path):
 def test_methods_of_the_gan(data_dir, tmp_path, monkeypatch, method):
     """Seventeen steps of each, some of them stopped and resumed, with all that the learning curves need.
 
-    Where the statistics of a batch count, real and generated images are in batches of their own.  All faces are augmented.
+    Where the statistics of a batch count, real and generated images do not share one.  All faces are augmented.
     """
     sizes, seen, updates, forward = set(), set(), [], models.Discriminator.forward
     monkeypatch.setattr(p2_gan, 'update_average', lambda *words: (
