@@ -5,7 +5,7 @@ import p6_acgan
 import pytest
 import torch
 from conftest import assert_drawn, assert_one_line, records, run, same, state, stop, train, weights
-from datasets import FaceImages
+from datasets import FaceImages, read_digits, to_uint8
 from models import (ClassDiscriminator, ClassNorm, FaceGenerator, Generator, UNet, load_checkpoint, load_net,
                     measure_generated, sha256, write_log)
 
@@ -15,7 +15,6 @@ FACES = ['--data', 'faces', '--attribute', 'Smiling']
 
 def small_unet():
     """A U-Net whose layers all have weights: new ones leave out what they are told."""
-    torch.manual_seed(0)
     net = UNet([8, 16], 3, 8).eval()
     for parameter in net.parameters():
         if (parameter == 0).all():
@@ -131,15 +130,15 @@ def test_score_of_digits_knows_which_digit_was_asked_for():
 
 
 def test_noise_of_the_training_is_that_of_the_step_that_the_net_is_told(data_dir, tmp_path, monkeypatch):
-    """The share alpha_bar that the images get belongs to the step, and the held-out images too."""
-    shares, told, add_noise, forward = [], [], p5_diffusion.add_noise, UNet.forward
+    """The share alpha_bar that the images get belongs to the step; held-out images are for the average, in eval()."""
+    shares, told, modes, add_noise, forward = [], [], [], p5_diffusion.add_noise, UNet.forward
     monkeypatch.setattr(p5_diffusion, 'add_noise', lambda x, noise, alpha_bar: (
         shares.append(alpha_bar), add_noise(x, noise, alpha_bar))[1])
     monkeypatch.setattr(UNet, 'forward', lambda net, x, steps, labels: (
-        told.append(steps), forward(net, x, steps, labels))[1])
+        told.append(steps), modes.append(net.training), forward(net, x, steps, labels))[-1])
     train(p5_diffusion, data_dir, tmp_path / 'run.pth', '--steps', 3)
     told = told[:len(shares)]              # the others are of the score at the end
-    assert len(shares) == 4
+    assert len(shares) == 4 and modes[:4] == [True, True, True, False]
     assert torch.equal(torch.cat(shares), p5_diffusion.alpha_bars()[torch.cat(told)])
 
 
@@ -178,16 +177,19 @@ def test_faces_start_from_problem_2_and_the_discriminator_learns_alone(data_dir,
     assert torch.allclose(after['average']['project.weight'], start / 21 + 20 / 21 * after['net']['project.weight'])
 
 
-def test_penalty_of_acgan_counts_with_its_weight(data_dir, tmp_path):
-    """At every 16th step it counts 16 times: as 16 times the weight at every step (see test_training.py)."""
-    moments = []
+def test_penalty_of_acgan_counts_with_its_weight(data_dir, tmp_path, monkeypatch):
+    """At every 16th step it counts 16 times: as 16 times the weight at every step.  It is taken at real images."""
+    moments, points, r1_penalty = [], [], p6_acgan.r1_penalty
+    monkeypatch.setattr(p6_acgan, 'r1_penalty', lambda score, x: (points.extend(to_uint8((x + 1) / 2)), r1_penalty(
+        score, x))[1])
     for weight, every in ((50.0, 16), (800.0, 1), (50.0, 17)):
         ckpt = tmp_path / f'{weight}_{every}.pth'
         train(p6_acgan, data_dir, ckpt, '--steps', 16, every=16, R1_EVERY=every, R1_WEIGHT=dict(digits=weight),
               LEARNING_RATES=dict(digits=(0.0, 0.0)))
         optimizer = state(p6_acgan, ckpt)['discriminator_optimizer']
         moments.append(optimizer['state'][optimizer['param_groups'][0]['params'][0]]['exp_avg'])
-    sixteenth, always, never = moments
+    images, (sixteenth, always, never) = read_digits(data_dir, 'mnistm', 'train').images, moments
+    assert len(points) == 4 * 17 and all((image == images).flatten(1).all(1).any() for image in points)
     assert torch.allclose(sixteenth, always, rtol=1e-3, atol=1e-7) and not torch.allclose(sixteenth, never, rtol=0.1)
 
 

@@ -37,16 +37,14 @@ def test_domain_accuracy_counts_either_domain_a_half():
 
 
 def test_schedules():
-    steps = 1000
-    strengths = [p3_dann.ramp_at(step, steps) for step in range(steps + 1)]
+    strengths = [p3_dann.ramp_at(step, 1000) for step in range(1001)]
     assert strengths[0] == 0 and strengths[-1] == pytest.approx(1, rel=1e-3)
     assert strengths[100] == pytest.approx(math.tanh(0.5))      # p = 0.1
     assert all(later > earlier for earlier, later in zip(strengths, strengths[1:]))
 
 
 def test_encoder_does_not_see_brightness_and_contrast():
-    encoder = DigitEncoder([4, 6, 8], True).eval()
-    x = torch.rand(2, 3, 28, 28)
+    encoder, x = DigitEncoder([4, 6, 8], True).eval(), torch.rand(2, 3, 28, 28)
     scale = torch.tensor([0.5, 2.0, 0.8]).view(1, 3, 1, 1)
     assert torch.allclose(encoder(x), encoder(scale * x + 0.3), atol=1e-3)
     assert not torch.allclose(encoder(x), encoder(1 - x), atol=1e-3)               # but polarity it does
@@ -54,8 +52,7 @@ def test_encoder_does_not_see_brightness_and_contrast():
 
 def test_renewed_statistics_are_those_of_the_images():
     """Of one batch, the first batch norm's statistics are the mean and variance that reach it."""
-    old = DigitNet(**SMALL).train()
-    images = torch.rand(40, 3, 28, 28)
+    old, images = DigitNet(**SMALL).train(), torch.rand(40, 3, 28, 28)
     net = with_statistics(old, images, CPU)
     convolution, pool, norm = net.encoder.layers[:3]
     x = pool(convolution(torch.nn.functional.instance_norm(images)))

@@ -122,9 +122,8 @@ def test_least_score_is_chosen_and_the_first_of_equal_ones():
 
 
 def test_precision_and_autocast():
-    precision = pick_precision(CPU)
+    precision, net = pick_precision(CPU), torch.nn.Conv2d(3, 4, 3)
     assert precision in ('fp32', 'bf16')
-    net = torch.nn.Conv2d(3, 4, 3)
     with autocast(CPU, precision):
         output = net(torch.rand(1, 3, 8, 8))
     assert output.dtype == (torch.bfloat16 if precision == 'bf16' else torch.float32)
@@ -138,8 +137,7 @@ def test_no_gpu():
 
 
 def test_checkpoint_round_trip_in_the_old_format(tmp_path):
-    path = str(tmp_path / 'new folder' / 'x.pth')
-    vae = VAE(**SMALL)
+    path, vae = str(tmp_path / 'new folder' / 'x.pth'), VAE(**SMALL)
     save_checkpoint(path, dict(problem='p1_vae', config=SMALL, net=plain_state(vae), step=7))
     with open(path, 'rb') as file:
         start = file.read(2)
@@ -159,9 +157,7 @@ def test_only_a_final_pth_is_an_ending():
 
 
 def small_checkpoint(**changed):
-    torch.manual_seed(0)
-    vae = VAE(**SMALL)
-    return dict(dict(problem='p1_vae', config=SMALL, net=plain_state(vae), settings={}), **changed)
+    return dict(dict(problem='p1_vae', config=SMALL, net=plain_state(VAE(**SMALL)), settings={}), **changed)
 
 
 @pytest.mark.parametrize('spoil,cause', [
