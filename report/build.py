@@ -4,8 +4,7 @@
     python3 p1_vae.py --plot (likewise the scripts of problems 2 to 6), if a training is newer than figures/
     python3 report/build.py
 
-No number of a result is typed by hand: all come from the logs in checkpoints/, from the tables (figures/*.csv) that
---plot makes of them or measures, and from the settings in the scripts.  The pages keep their words and table heads.
+All numbers come from the logs in checkpoints/, the tables of --plot (figures/*.csv) and the settings in the scripts.
 """
 import argparse
 import csv
@@ -300,11 +299,11 @@ def conditional_values():
 def readme_parts(texts):
     """Return {name of a pair of markers in README.md: what stands between them}; texts are the values of the PDF."""
     results, means, vae = digit_results(), texts['means'], texts['vae']
-    improved = [rounded(float(means[target + '_improved']), 0) for target in sorted(SOURCE_OF)]
-    minutes = max(minutes_of(log_of(p4_adda.shipped(target))) for target in SOURCE_OF)
-    headline = ('An unofficial solution of homework 3 of "Deep Learning for Computer Vision" (NTU, Fall 2020). **It reads'
-                f' {", ".join(improved[:2])} and {improved[2]} % of the digits of MNIST-M, SVHN and USPS without a label '
-                f'of that domain, after {rounded(minutes, 0)} minutes of training for each on one core** of an {CPU}.')
+    improved = ', '.join(rounded(float(means[target + '_improved']), 0) for target in sorted(SOURCE_OF))
+    minutes = rounded(max(minutes_of(log_of(p4_adda.shipped(target))) for target in SOURCE_OF), 0)
+    headline = ('An unofficial solution of homework 3 of "Deep Learning for Computer Vision" (NTU, Fall 2020). **It '
+                f'reads {improved} % of the digits of MNIST-M, SVHN and USPS without a label of that domain, after '
+                f'{minutes} minutes of training for each on one core** of an {CPU}.')
     digits, seed_0 = [], {script: [] for script in ('hw3_p3.sh', 'hw3_p4.sh')}
     for target, source in sorted(SOURCE_OF.items()):
         name = scenario_name(target, source) + (' †' if target == 'svhn' else '')
@@ -319,23 +318,19 @@ def readme_parts(texts):
                  for target in ('mnistm', 'svhn')]
     table = markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'], digits)
     below = (f'Means over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN was cut out of the '
-             'official test set and is easier: do not compare this row with papers. The VAE reconstructs test faces with '
-             f'a mean squared error of {vae["mse"]} per pixel, or {vae["draw"]} from a sampled code. A classifier agrees '
-             f'with {read_as_asked[0]} % of the digits that diffusion was asked for, {read_as_asked[1]} % of those of '
-             f'ACGAN, and {real} % of the labels of real digits.')
+             'official test set and is easier: do not compare this row with papers. The VAE reconstructs test faces '
+             f'with a mean squared error of {vae["mse"]} per pixel, or {vae["draw"]} from a sampled code. A classifier '
+             f'agrees with {read_as_asked[0]} % of the digits that diffusion was asked for, {read_as_asked[1]} % of '
+             f'those of ACGAN, and {real} % of the labels of real digits.')
     machines = (f'The cores are of an {CPU}, but ACGAN ran on a newer, busy EPYC; the GPU is an NVIDIA H100 that '
                 'trained other nets at the same time.')
     augmentation = ('- **Augmentation** lifts the net that has only source labels from {0[0]} to {0[1]} % (MNIST-M) '
                     'and from {1[0]} to {1[1]} % (SVHN), but not on USPS.\n'.format(*augmented))
     grading = [f'`{script}`: {", ".join(texts)}' for script, texts in seed_0.items()]
-    return dict(headline=lines_of(headline), results=f'{table}\n{lines_of(below)}\n{augmentation}',
-                training=markdown(['command', 'trains', 'time'], trainings(results)) + '\n' + lines_of(machines),
+    headline, below, machines = [textwrap.fill(text, 150) + '\n' for text in (headline, below, machines)]
+    return dict(headline=headline, results=f'{table}\n{below}\n{augmentation}',
+                training=f'{markdown(["command", "trains", "time"], trainings(results))}\n{machines}',
                 grading=f'On the test images of our data the shipped nets (seed 0) give\n{"; ".join(grading)}.\n')
-
-
-def lines_of(text):
-    """Return a paragraph in lines as long as those of README.md."""
-    return textwrap.fill(text, 150) + '\n'
 
 
 def markdown(head, rows):
