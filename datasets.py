@@ -1,7 +1,6 @@
 """Read images and labels, augment images, write pictures and label files; and the frame of all scripts, their flags.
 
-Images are uint8 in memory and become floats batch by batch.  Every mistake in a user's file or path raises a
-UserError.
+Images are uint8 in memory and become floats batch by batch.  A mistake in a user's file or path is a UserError.
 """
 import argparse
 import csv
