@@ -1,6 +1,6 @@
 """Read images and labels, augment images, write pictures and label files; and the frame of all scripts, their flags.
 
-Images are uint8 in memory and become floats batch by batch.  What can be wrong with a user's file or path ends in a
+Images are uint8 in memory and become floats batch by batch.  Every mistake in a user's file or path raises a
 UserError.
 """
 import argparse
@@ -292,7 +292,7 @@ def balanced_rows(labels, count, rng):
 # -------------------------------------------------------------------- pictures and label files out
 
 def check_output(path, endings=None):
-    """Raise UserError unless a file can be written at path, with one of endings or else not that of an image or net."""
+    """Raise UserError if path cannot be written or ends wrongly: not in endings; without them, as an image or net."""
     if path.endswith(os.sep) or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f'{path} is a folder or a device: name a file to write')
     if endings and not path.lower().endswith(endings):
@@ -312,7 +312,7 @@ def check_parent(path):
 
 
 def check_images_out(path):
-    """Return whether path is to be a folder of single images, and not one picture; UserError if neither can be written.
+    """Return True if path means a folder of images, False if one picture; UserError if it cannot be written.
 
     A new name that ends in letters, as .png or .gif, is that of a picture.
     """
@@ -413,7 +413,7 @@ def number_between(low, high, kind=int):
 
 
 def new_parser(problem, about, defaults, does, writes):
-    """Return an ArgumentParser with the flags of all scripts; does and writes say what one does without a mode."""
+    """Return a parser with the flags that all scripts share; does and writes are help texts for use without a mode."""
     count = number_between(1, 2 ** 31 - 1)
     parser = argparse.ArgumentParser(description=about, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -443,7 +443,7 @@ def add_domains(parser):
 
 
 def parse_shared(parser, problem, needs, argv):
-    """Parse argv or the command's words, and keep the command; without --train or --plot it must have needs."""
+    """Parse argv or sys.argv, store the command; without --train or --plot the flags in needs are required."""
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     for name in ('data_dir', 'out', 'ckpt', 'images', 'init'):

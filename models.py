@@ -450,7 +450,7 @@ def take_step(optimizer, loss, learning_rate, max_norm=None):
 def update_average(average, net, updates, max_decay):
     """Move average towards net: average = decay average + (1 - decay) net, buffers too.
 
-    The decay is updates / (updates + 20), updates counting from 1, but at most max_decay: first weights soon go.
+    The decay is updates / (updates + 20), at most max_decay, so that early weights fade fast; updates starts at 1.
     """
     decay = min(max_decay, updates / (updates + 20))
     with torch.no_grad():
@@ -476,7 +476,7 @@ def run_batches(function, device, *inputs, batch_size=50):
 
 
 def in_threads(function, parts, device, threads):
-    """Yield function(part) for each of parts in turn, from so many threads (on a GPU: one), each with one of torch."""
+    """Yield function(part) for each part, in order, from so many threads (GPU: 1), each using one thread of torch."""
     def compute(part):
         torch.set_num_threads(1)           # for the thread that calls it
         return function(part)
@@ -575,10 +575,7 @@ def accuracy(net, images, labels, device):
 
 
 def nuclear_norm(probabilities):
-    """Nuclear norm of probabilities (N, 10), scaled to at most 1: high if sure and diverse; nan if one is not finite.
-
-    Source: Cui et al. 2020 (arXiv 2003.12237), eq. 8.
-    """
+    """Nuclear norm of probabilities (N, 10), scaled to at most 1, or nan: Cui et al. 2020 (arXiv 2003.12237), eq. 8."""
     if not torch.isfinite(probabilities).all():
         return math.nan
     return float(torch.norm(probabilities, p='nuc')) / math.sqrt(probabilities.numel())
@@ -587,8 +584,8 @@ def nuclear_norm(probabilities):
 def measure_held_out(net, images, labels, target_images, device):
     """Measure a net in eval() on held-out images (N, 3, 28, 28) uint8 with labels, and on the target's without.
 
-    Returns a dict: the accuracy on the former; for the latter, by which methods are compared without a label of the
-    target, the nuclear norm and the predicted shares of the ten digits.
+    Returns a dict: the accuracy on the former; for the latter the nuclear norm and the share of each predicted digit,
+    by which methods can be compared without target labels.
     """
     probabilities = predict_probabilities(net, target_images, device)
     return dict(accuracy=accuracy(net, images, labels, device), nuclear_norm=nuclear_norm(probabilities),
@@ -623,7 +620,7 @@ def check_scores(scores_path, scores, what, ckpt):
 
 
 def label_folder(problem, ckpt, target, folder, batch_size, device):
-    """Return the sorted names of the images in a folder, and the digit that a checkpoint's net gives to each alone."""
+    """Return the sorted image names of a folder, and the net's digit for each; no image affects that of another."""
     net, checkpoint = load_net(DigitNet, ckpt, problem, device)
     if checkpoint['settings']['target'] != target:
         raise UserError(f'{ckpt} was trained for {checkpoint["settings"]["target"]}: name that as --target, or '
@@ -647,8 +644,9 @@ STATE = ' (training state)'  # ends the name of the problem in the file of a run
 class Run:
     """One training run from its start, or from where it stopped, to its end: all but the algorithm.
 
-    At its end run.pth appears, the checkpoint, and run.jsonl, its log.  Until then run_last.pth holds the state from
-    which --resume goes on as if the run had never stopped, and run_last.jsonl the log up to it.  A script says:
+    At its end run.pth appears, the checkpoint, and run.jsonl, its log.  Until then run_last.pth holds the state of the
+    last save: all that was kept, the chosen weights, the random generators, the step, the settings, the log and the
+    seconds.  --resume restores it, so that the run goes on as if it had never stopped.  A script says:
 
         run = Run(args, PROBLEM, DEFAULTS, constants, ckpt)
         net = run.keep('net', Net(**NET))                # is saved with the run, and restored by --resume
@@ -735,7 +733,7 @@ class Run:
         return thing
 
     def facts(self, *nets, **facts):
-        """Log the facts of the run and the parameters of nets; UserError if a resumed run had others at its start."""
+        """Log the facts of the run and the size of nets; UserError if they were others when a resumed run started."""
         facts['parameters'] = sum(parameter.numel() for net in nets for parameter in net.parameters())
         if self.resumed:
             self._check_same(self.state['facts'], facts)
@@ -747,7 +745,7 @@ class Run:
         self.described = facts
 
     def steps(self, log_every, save_every):
-        """Yield the steps that are left; every log_every-th and save_every-th and the last log and save."""
+        """Yield the steps left; logs is True at every log_every-th, saves at every save_every-th, both at the last."""
         self.start = time.time()
         if self.resumed:
             self.rng.set_state(self.state['rng'])
@@ -757,7 +755,7 @@ class Run:
             self.start -= self.state['seconds']
             self.state = None              # its memory is needed no more
         elif os.path.exists(self.state_path):
-            os.remove(self.state_path)     # of a finished run, that nothing takes it for this one's
+            os.remove(self.state_path)     # of a finished run: --resume must not find it
         for step in range(self.step + 1, self.last_step + 1):
             self.step = step
             self.logs = self.step % log_every == 0 or self.step == self.last_step

@@ -69,10 +69,7 @@ def reconstruction_loss(output, x):
 
 
 def kl_divergence(mean, log_variance):
-    """KL(N(mean, exp(log_variance)) || N(0, I)) in nats, summed over the latent dimensions: (N,).
-
-    Source: Kingma and Welling 2014, appendix B; the slides' L_KL.
-    """
+    """KL(N(mean, exp(log_variance)) || N(0, I)) in nats, a sum over the latent dimensions: (N,).  Paper: appendix B."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1)
 
 

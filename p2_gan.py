@@ -20,8 +20,8 @@ a step; Adam's settings are not corrected for the steps at which r1 has no penal
     python3 p2_gan.py --train --data_dir hw3_data      train; --resume goes on after a stop
     python3 p2_gan.py --plot --data_dir hw3_data       redraw every figure of the report
 
-Rule of choice: of the averages saved during the run, the one with the least Frechet distance to 500 held-out training
-faces, between the means that problem 1's encoder gives them.  The test faces are measured once, from that file.  The
+Rule of choice: the saved average with the least Frechet distance to 500 held-out training faces, measured on the
+latent means of problem 1's encoder.  The test faces are measured once, from that file.  The
 default method, r1, was set after a trial outside this repository; it also has the least distance of the six.
 """
 import copy
@@ -97,7 +97,7 @@ def discriminator_loss(method, real, fake):
 
 
 def generator_loss(method, fake):
-    """Mean loss of the scores (N,) of generated images; beside a logistic loss the non-saturating one."""
+    """Mean loss of the generated images' scores (N,); it is non-saturating if the loss is logistic."""
     return F.softplus(-fake).mean() if METHODS[method]['loss'] == 'logistic' else -fake.mean()
 
 
@@ -129,7 +129,7 @@ def gradient_penalty(method, score, real, fake, rng):
 
 
 def augment(images, strength, rng):
-    """Change colours, place and a square of each of (N, 3, H, W) images in [-1, 1], differentiably; 0 changes nothing.
+    """Recolour, shift and blank a square of (N, 3, H, W) images in [-1, 1]; differentiable; strength 0: no change.
 
     At strength 1 brightness moves by up to 0.5, saturation is multiplied by 0 to 2 and contrast by 0.5 to 1.5, the
     image moves by up to an eighth, with grey beside it, and a square of half its side is blanked.  Source: Zhao et al.

@@ -84,7 +84,7 @@ def adversarial_loss(real_scores, fake_scores):
 def class_loss(real_logits, fake_logits, labels, generated_class_weight):
     """Mean cross-entropy of the logits (N, classes) of real images, plus the weight times that of generated ones.
 
-    Odena et al. 2017, eq. 3, have the weight 1: the discriminator learns to call a bad digit by its label.
+    With weight 1 (Odena et al. 2017, eq. 3) the discriminator learns to accept a bad digit's label.
     """
     loss = F.cross_entropy(real_logits, labels)
     if generated_class_weight:
@@ -215,7 +215,7 @@ def infer(args):
 
 
 def generate_images(generator, count, seed, device):
-    """Generate count images of each class from N(0, I): (count, classes, 3, H, W) uint8; a noise serves all classes.
+    """Generate count images per class from N(0, I): (count, classes, 3, H, W) uint8; the classes share each noise.
 
     The noise comes from NumPy's legacy generator, whose stream is frozen (NEP 19).  The images of one noise are
     generated together, so that the result does not depend on count.
