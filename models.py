@@ -32,10 +32,7 @@ CHECKPOINTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'checkpoi
 # ------------------------------------------------------------------------------------------- nets
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions (He et al. 2016, arXiv 1603.05027).
-
-    (N, channels, H, W) -> the same shape.
-    """
+    """(N, channels, H, W) -> the same: pre-activation residual block (He et al. 2016, arXiv 1603.05027)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -230,10 +227,9 @@ class Swish(nn.Module):
 
 
 class ConditionedBlock(nn.Module):
-    """Residual block whose second norm is scaled and shifted as a conditioning vector says.
+    """Images (N, before, H, W) and conditioning (N, conditioning), which scales and shifts -> (N, after, H, W).
 
-    (N, before, H, W) and (N, conditioning) -> (N, after, H, W).  Source: Ho et al. 2020 (arXiv 2006.11239),
-    appendix B, with the scale of Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    Source: Ho et al. 2020 (arXiv 2006.11239), appendix B; Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
     def __init__(self, before, after, conditioning):

@@ -323,9 +323,10 @@ def readme_parts(texts):
              f'agrees with {read_as_asked[0]} % of the digits that diffusion was asked for, {read_as_asked[1]} % of '
              f'those of ACGAN, and {real} % of the labels of real digits.')
     small, speed = face_scores()['p2_methods/r1'], log_of(os.path.join(CHECKPOINTS, 'p2_cpu'))[1]['images_per_second']
-    machines = (f'Cores of an {CPU}; ACGAN on a newer, busy EPYC; the GPU, an NVIDIA H100, trained other nets too. For a '
-                'CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth` takes '
-                f'{rounded(small["images"] / speed / 3600, 0)} hours on one core; Fréchet {rounded(small["frechet"], 1)}.')
+    hours, distance = rounded(small['images'] / speed / 3600, 0), rounded(small['frechet'], 1)
+    machines = (f'Cores of an {CPU}; ACGAN on a newer, busy EPYC; the GPU, an NVIDIA H100, trained other nets too. For '
+                'a CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth` takes '
+                f'{hours} hours on one core; Fréchet distance {distance}.')
     augmentation = ('- **Augmentation** lifts the net that has only source labels from {0[0]} to {0[1]} % (MNIST-M) '
                     'and from {1[0]} to {1[1]} % (SVHN), but not on USPS.\n'.format(*augmented))
     grading = [f'`{script}`: {", ".join(texts)}' for script, texts in seed_0.items()]
