@@ -190,8 +190,7 @@ def plot(args):
     write_table(os.path.join(args.out, 'table1_5.csv'), [('attribute', 'held-out', 'test')] + [
         (name, figures.rounded(100 * held_out, 1), figures.rounded(100 * of_test, 1))
         for name, (held_out, of_test) in sorted(accuracies.items(), key=lambda item: item[1][0], reverse=True)])
-    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), test_means, test.attribute(attribute), attribute,
-                      accuracies[attribute][1])
+    plot_latent_space(os.path.join(args.out, 'fig1_5.png'), test_means, test.attribute(attribute), attribute)
     plot_walks(os.path.join(args.out, 'fig1_6.jpg'), vae, test, test_means, attribute, device)
     plot_rate_distortion(os.path.join(args.out, 'fig1_7.png'), ckpt, linear)
     print(f'ten figures and tables are in {args.out}')
@@ -261,13 +260,11 @@ def plot_reconstructions(path, vae, test, means, device):
         + [('mean', figures.rounded(float(errors.mean()), 4))])
 
 
-def plot_latent_space(path, means, has_attribute, attribute, accuracy):
+def plot_latent_space(path, means, has_attribute, attribute):
     """fig1_5: t-SNE of the test images' latent means, coloured by an attribute."""
     figure, axes = figures.new_figure(2.7, width=figures.HALF)
     figures.draw_points(axes, figures.embed(means.numpy()), has_attribute.astype(int), [f'not {attribute}', attribute])
-    percent = figures.rounded(100 * accuracy, 1)
-    axes.set_title(f'{len(means):,} test faces, coloured by {attribute}\n(a linear classifier reads it from the\n'
-                   f'latent means with a balanced accuracy of {percent} %)')
+    axes.set_title(f'{len(means):,} test faces, coloured by {attribute}')
     figures.save_figure(path, figure)
 
 

@@ -388,15 +388,15 @@ def plot_methods(path, scores, counts, real):
          else make_grid(real, COLUMNS))[:-2] for record in scores])
     broken = {record.get('sha256'): record['broken'] for record in counts if record.get('kind', 'count') == 'count'}
     # to the left of the faces white for the columns
-    columns = ((0, 'left', 'faces', '{label}'), (420, 'right', 'images seen', '{images:,}'),
-               (500, 'right', 'own', '{own}'), (600, 'right', 'clear', '{clear}'),
-               (720, 'right', 'Fréchet', '{frechet}'), (840, 'right', 'nearest', '{nearest}'),
-               (950, 'right', 'broken', '{broken}'))
+    columns = ((0, 'left', 'faces', '{label}'), (292, 'right', 'images seen', '{images:,}'),
+               (350, 'right', 'own', '{own}'), (425, 'right', 'clear', '{clear}'),
+               (518, 'right', 'Fréchet', '{frechet}'), (613, 'right', 'nearest', '{nearest}'),
+               (704, 'right', 'broken', '{broken}'))
     scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
                    **{name: figures.rounded(record[name], places) for name, places in (
                        ('own', 2), ('clear', 3), ('frechet', 1), ('nearest', 3))}) for record in scores]
-    figure, axes = figures.new_figure(0.28 * len(scores) + 0.5)
-    figures.draw_pixels(axes, np.concatenate([np.full((len(strips), 970, 3), 255, np.uint8), strips], 1))
+    figure, axes = figures.new_figure(0.36 * len(scores) + 0.5)
+    figures.draw_pixels(axes, np.concatenate([np.full((len(strips), 720, 3), 255, np.uint8), strips], 1))
     for x, side, title, form in columns:
         axes.text(x, -10, title, ha=side, weight='bold')
         for index, record in enumerate(scores):

@@ -221,8 +221,8 @@ def plot(args):
     write_text(os.path.join(args.out, 'fig3_5.txt'),
                f'{net}\n{DomainDiscriminator(net.features, DISCRIMINATOR_HIDDEN)}\n')
     figures.plot_digit_curves(
-        os.path.join(args.out, 'fig3_6.png'), logs, legend='best', scalars=dict(
-            label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of the discriminator',
+        os.path.join(args.out, 'fig3_6.png'), logs, scalars=dict(
+            label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of discriminator',
             entropy='Entropy, target (nats)'))
     figures.plot_confusion(os.path.join(args.out, 'fig3_7.png'), predictions)
     figures.plot_mistakes(os.path.join(args.out, 'fig3_8.jpg'), predictions)

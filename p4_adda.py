@@ -317,9 +317,9 @@ def plot(args):
                f'{net}\n{DomainDiscriminator(10 * net.features, DISCRIMINATOR_HIDDEN)}\n')
     steps = logs[title][-1]['step']        # adaptation and self-training begin after a tenth and four fifths
     figures.plot_digit_curves(
-        os.path.join(args.out, 'fig4_4.png'), logs, legend='lower right', lines=(steps // 10, steps - steps // 5),
-        scalars=dict(label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of the discriminator',
-                     confident_share=f'Labels at least {CONFIDENT:g} sure (share)'))
+        os.path.join(args.out, 'fig4_4.png'), logs, lines=(steps // 10, steps - steps // 5),
+        scalars=dict(label_loss='Label loss, source (nats)', domain_accuracy='Accuracy of discriminator',
+                     confident_share=f'Share of labels {CONFIDENT:g} sure'))
     figures.plot_confusion(os.path.join(args.out, 'fig4_6.png'), predictions)
     figures.plot_confusion(os.path.join(args.out, 'fig4_6_plain.png'), plain_predictions)
     figures.plot_mistakes(os.path.join(args.out, 'fig4_7.jpg'), predictions)

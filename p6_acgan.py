@@ -242,20 +242,16 @@ def plot(args):
     for name, what in (('fig6_2', 'acgan'), ('fig6_5', 'acgan_paper')):
         images = generate_images(generators[what], COLUMNS, DEFAULTS['seed'], device)
         save_classes(os.path.join(args.out, name + '.jpg'), False, images)
-    plot_pairs(os.path.join(args.out, 'fig6_4.jpg'), generators['faces'], scores, device)
+    plot_pairs(os.path.join(args.out, 'fig6_4.jpg'), generators['faces'], device)
     print(f'four figures are in {args.out}')
 
 
-def plot_pairs(path, generator, scores, device):
+def plot_pairs(path, generator, device):
     """fig6_4: ten pairs of faces of the same noise, without the attribute and with it."""
     attribute = DEFAULTS['attribute']
     images = generate_images(generator, COLUMNS, DEFAULTS['seed'], device).transpose(0, 1).flatten(0, 1)
-    record = next(record for record in scores if record['kind'] == 'faces')
-    figure, axes = figures.new_figure(1.8)
+    figure, axes = figures.new_figure(1.5)
     figures.draw_images(axes, images, COLUMNS, left=(f'not {attribute}', attribute))
-    generated, real = [figures.rounded(100 * record[name], 1) for name in ('accuracy', 'real_accuracy')]
-    axes.set_title('Pairs of the same noise\na linear classifier agrees with what was asked for on '
-                   f'{generated} % of 1,000 generated faces,\nand with the label on {real} % of the test faces')
     figures.save_figure(path, figure)
 
 

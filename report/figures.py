@@ -114,19 +114,17 @@ def embed(features):
                 perplexity=min(30.0, (len(features) - 1) / 3)).fit_transform(features)
 
 
-def draw_points(axes, points, labels, names, markers=None):
-    """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1; a legend if they are dots.
+def draw_points(axes, points, labels, names):
+    """Scatter (N, 2) points, one colour and shape for each label 0 .. len(names) - 1, with a legend at the right.
 
     The axes have no scale, since distances that t-SNE draws between groups mean nothing.
     """
-    size, alpha = (7, 0.75) if markers is None else (18, 1)      # a written marker has thin strokes
     for label, name in enumerate(names):
         chosen = points[np.asarray(labels) == label]
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, c=COLOURS[label], marker=(markers or 'o^')[label],
-                     alpha=alpha, linewidths=0, label=name)
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=7, c=COLOURS[label], marker='o^sDvP<*>X'[label], alpha=0.75,
+                     linewidths=0, label=name)
     axes.set(xlabel='t-SNE dimension 1', ylabel='t-SNE dimension 2', xticks=[], yticks=[])
-    if markers is None:                    # written digits need no legend
-        axes.legend(loc='best', handletextpad=0.1, borderpad=0.2, framealpha=0.6)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.1, borderpad=0.2)
 
 
 def pick_test_images(digits):
@@ -156,7 +154,7 @@ def plot_features(path, title, features, labels, domains):
     """t-SNE of the features (N, D) of pick_test_images's images, by digit and by domain, in the same axes."""
     points = embed(features.numpy())
     figure, axes = new_figure(2.0, columns=2)
-    draw_points(axes[0], points, labels, [str(digit) for digit in range(10)], [f'${digit}$' for digit in range(10)])
+    draw_points(axes[0], points, labels, [str(digit) for digit in range(10)])
     draw_points(axes[1], points, domains, ['source', 'target'])
     axes[0].set_title(f'{title}, by digit')
     axes[1].set_title(f'{title}, by domain')
@@ -175,11 +173,11 @@ def plot_domains(path, domains):
     save_figure(path, figure)
 
 
-def plot_digit_curves(path, logs, scalars, legend, lines=()):
+def plot_digit_curves(path, logs, scalars, lines=()):
     """Three curves of each log over the training steps: the label loss, the discriminator's accuracy and another.
 
-    logs maps titles to logs, scalars the names of three scalars to titles of axes; legend is the place of the legend
-    in the last axes, lines are the steps at which a dashed line stands.
+    logs maps titles to logs, scalars the names of three scalars to titles of axes; lines are the steps at which a
+    dashed line stands.
     """
     figure, axes = new_figure(2.0, columns=3)
     for panel, (name, title) in zip(axes, scalars.items()):
@@ -188,15 +186,12 @@ def plot_digit_curves(path, logs, scalars, legend, lines=()):
             panel.plot(*zip(*points), color=colour, label=label)
         for step in lines:
             panel.axvline(step, color=COLOURS[6], linewidth=0.8, linestyle='--')
-        if lines:
-            panel.set_xlim(0, log[-1]['step'])
-        panel.set_xlabel('training step')
+        panel.set(xlabel='training step', title=title, xlim=(0, log[-1]['step']))
         panel.grid(True)
-        panel.set_title(title)
     axes[0].set_yscale('log')
     log_axis(axes[0].yaxis)
     axes[1].axhline(0.5, color=COLOURS[6], linewidth=0.8, linestyle=':')       # chance
-    axes[2].legend(loc=legend)
+    axes[2].legend(loc='center left', bbox_to_anchor=(1, 0.5))
     save_figure(path, figure)
 
 
