@@ -55,7 +55,7 @@ BETAS = (0.0, 0.99)
 FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
 R1_WEIGHT = dict(digits=0.2, faces=0.05)     # the mean weight of the penalty
 R1_EVERY = 16                # steps from one penalty to the next
-CLASS_WEIGHT = dict(digits=1.0, faces=1.0)    # of the generator's class loss
+CLASS_WEIGHT = dict(digits=1.0, faces=30.0)   # of the generator's class loss
 ALONE = dict(digits=0, faces=1000)   # steps at the start in which the discriminator learns alone
 AVERAGE_DECAY = 0.999        # of the average of the weights, per update: the most (see update_average)
 LOG_EVERY = 200              # steps
