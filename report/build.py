@@ -22,7 +22,8 @@ sys.path.insert(0, ROOT)
 import p1_vae, p2_gan, p3_dann, p4_adda, p5_diffusion, p6_acgan        # noqa: E401, E402
 from datasets import DIRECTIONS, HELD_OUT, SOURCE_OF, UserError, run_command, write_text, write_whole        # noqa: E402
 from models import CHECKPOINTS, base_of, check_scores, read_log, read_results, sha256                        # noqa: E402
-from report.figures import PER_DOMAIN, SEEDS, accuracies, rounded, scenario_name, table_cell                 # noqa: E402
+from report.figures import (DOMAIN_NAMES, PER_DOMAIN, SEEDS, accuracies, rounded, scenario_name,            # noqa: E402
+                            table_cell)
 
 PDF = os.path.join(ROOT, 'hw3_studentID.pdf')
 README = os.path.join(ROOT, 'README.md')
@@ -319,11 +320,11 @@ def readme_parts(texts):
     augmented = [[rounded(float(means[f'{target}_source{end}']), 0) for end in ('_not_augmented', '')]
                  for target in ('mnistm', 'svhn')]
     table = markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'], digits)
-    below = (f'Means over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN was cut out of the '
-             'official test set and is probably easier: do not compare this row with papers. The VAE reconstructs '
-             f'test faces with a mean squared error of {vae["mse"]} per pixel, or {vae["draw"]} from a sampled code. '
-             'Two more models draw the digit that they are asked for. A classifier reads it in '
-             '{} % of the digits of diffusion, {} % of ACGAN, and {} % of real ones.'.format(*read_as_asked))
+    below = (f'Means over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN is probably easier than '
+             'the official test set: do not compare this row with papers. Entropy: a loss that makes the net sure. '
+             'Improved: with the pieces below. The VAE reconstructs test faces with a mean squared error of '
+             f'{vae["mse"]} per pixel. Two extra models draw the digit asked for: a classifier reads it in '
+             '{} % (diffusion) and {} % (ACGAN), and {} % of real digits.'.format(*read_as_asked))
     small, speed = face_scores()['p2_methods/r1'], log_of(os.path.join(CHECKPOINTS, 'p2_cpu'))[1]['images_per_second']
     hours, distance = rounded(small['images'] / speed / 3600, 0), rounded(small['frechet'], 1)
     machines = (f'Cores of an {CPU}, for ACGAN of a newer, busy one; the GPU, an NVIDIA H100, trained other nets too. '
@@ -336,8 +337,9 @@ def readme_parts(texts):
               '{1[0]} to {1[1]} % (SVHN), but not on USPS.\n'
               "- **A teacher**, the average of the net's weights, labels target images, and the net learns these "
               'labels on changed copies of the images.\n'
-              '- **A correction** favours digits that the teacher names too rarely. Together they lift '
-              'seed 0 {2}.\n').format(*augmented, ', '.join(map('from {} to {} %'.format, *taught)))
+              '- **A correction** favours digits that the teacher names too rarely; it helps SVHN and USPS. Added to '
+              'the pieces before them (seed 0), the two lift\n  {2}.\n').format(*augmented, ', '.join(map(
+                  '{} from {} to {} %'.format, (DOMAIN_NAMES[target] for target in sorted(SOURCE_OF)), *taught)))
     grading = [f'`{script}`: {", ".join(texts)}' for script, texts in seed_0.items()]
     headline, below, machines = [textwrap.fill(text, 150) + '\n' for text in (headline, below, machines)]
     return dict(headline=headline, results=f'{table}\n{below}\n{helped}',
@@ -352,8 +354,7 @@ def markdown(head, rows):
 
 def trainings(results):
     """Return rows of a command, what it trains, and the time of its runs in checkpoints/ with their machine."""
-    asked = [read_log(run['log']) for runs in results.values() for run in runs
-             if SOURCE_OF[run['target']] == run['source']]
+    of_tables = [read_log(run['log']) for runs in results.values() for run in runs]
     shipped_dann, shipped_adda = [[log_of(script.shipped(target)) for target in SOURCE_OF]
                                   for script in (p3_dann, p4_adda)]
     acgan, acgan_faces = [[log_of(p6_acgan.shipped(data, p6_acgan.DEFAULTS['attribute']))]
@@ -367,7 +368,7 @@ def trainings(results):
             ('python3 p5_diffusion.py --train', 'the diffusion model', [log_of(p5_diffusion.CKPT)]),
             ('python3 p6_acgan.py --train', 'ACGAN of digits', acgan),
             ('python3 p6_acgan.py --train --data faces', 'ACGAN of faces', acgan_faces),
-            ('bash report/train_tables.sh', 'all runs of the tables that have no log', asked)):
+            ('bash report/train_tables.sh', 'runs of the tables without a log (a clone has all logs)', of_tables)):
         minutes = sum(map(minutes_of, logs))
         took = f'{rounded(minutes, 0)} minutes'
         if len(logs) > len(SOURCE_OF):
