@@ -341,7 +341,7 @@ def score_of(path, scores):
 
 def plot_comparison(path, ckpt, images, judge, training, scores, device):
     """fig2_4: VAE against GAN, and the training faces or mirror images whose latent means are nearest to the GAN's."""
-    figure, axes = figures.new_figure(3.8, rows=2)
+    figure, axes = figures.new_figure(5.0, rows=2)
     vae_faces = decode_noise(judge.decoder, FACES, judge.decoder.project.in_features, DEFAULTS['seed'], device)
     both = torch.cat([faces[4 * row:4 * row + 4] for row in range(4) for faces in (vae_faces, images)])
     figures.draw_pixels(axes[0], make_grid(both, 8))
@@ -388,9 +388,9 @@ def plot_methods(path, scores, counts, real):
          else make_grid(real, COLUMNS))[:-2] for record in scores])
     broken = {record.get('sha256'): record['broken'] for record in counts if record.get('kind', 'count') == 'count'}
     # to the left of the faces white for the columns
-    columns = ((0, 'left', 'faces', '{label}'), (292, 'right', 'images seen', '{images:,}'),
-               (350, 'right', 'own', '{own}'), (425, 'right', 'clear', '{clear}'),
-               (518, 'right', 'Fréchet', '{frechet}'), (613, 'right', 'nearest', '{nearest}'),
+    columns = ((0, 'left', 'faces', '{label}'), (302, 'right', 'images seen', '{images:,}'),
+               (362, 'right', 'own', '{own}'), (434, 'right', 'clear', '{clear}'),
+               (522, 'right', 'Fréchet', '{frechet}'), (613, 'right', 'nearest', '{nearest}'),
                (704, 'right', 'broken', '{broken}'))
     scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
                    **{name: figures.rounded(record[name], places) for name, places in (

@@ -368,7 +368,7 @@ def trainings(results):
             ('python3 p5_diffusion.py --train', 'the diffusion model', [log_of(p5_diffusion.CKPT)]),
             ('python3 p6_acgan.py --train', 'ACGAN of digits', acgan),
             ('python3 p6_acgan.py --train --data faces', 'ACGAN of faces', acgan_faces),
-            ('bash report/train_tables.sh', 'runs of the tables without a log (a clone has all logs)', of_tables)):
+            ('bash report/train_tables.sh', 'each run of the tables that has no log (in a clone: none)', of_tables)):
         minutes = sum(map(minutes_of, logs))
         took = f'{rounded(minutes, 0)} minutes'
         if len(logs) > len(SOURCE_OF):
@@ -391,7 +391,7 @@ def broken_counts():
         table.append([names[what] if what != 'real' else 'real faces', ', then '.join(found)])
     for picture in blind_counts()['pictures']:
         table.append([picture['name'], ' and '.join(map(str, picture['broken']))])
-    return table + [['rated as photographs, of 10', blind_counts()['rating']]]
+    return table
 
 
 def blind_counts():
