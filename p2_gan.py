@@ -389,8 +389,8 @@ def plot_methods(path, scores, counts, real):
     broken = {record.get('sha256'): record['broken'] for record in counts if record.get('kind', 'count') == 'count'}
     # to the left of the faces white for the columns
     columns = ((0, 'left', 'faces', '{label}'), (302, 'right', 'images seen', '{images:,}'),
-               (362, 'right', 'own', '{own}'), (434, 'right', 'clear', '{clear}'),
-               (522, 'right', 'Fréchet', '{frechet}'), (613, 'right', 'nearest', '{nearest}'),
+               (356, 'right', 'own', '{own}'), (424, 'right', 'clear', '{clear}'),
+               (522, 'right', 'Fréchet', '{frechet}'), (619, 'right', 'nearest', '{nearest}'),
                (704, 'right', 'broken', '{broken}'))
     scores = [dict(record, broken=broken.get(record.get('sha256'), ''),
                    **{name: figures.rounded(record[name], places) for name, places in (

@@ -124,7 +124,7 @@ def draw_points(axes, points, labels, names):
         axes.scatter(chosen[:, 0], chosen[:, 1], s=7, c=COLOURS[label], marker='o^sDvP<*>X'[label], alpha=0.75,
                      linewidths=0, label=name)
     axes.set(xlabel='t-SNE dimension 1', ylabel='t-SNE dimension 2', xticks=[], yticks=[])
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.1, borderpad=0.2)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.1, borderpad=0.2, markerscale=1.8)
 
 
 def pick_test_images(digits):
