@@ -429,7 +429,7 @@ def cosine_rate(step, steps, peak, warm_up):
 
 def falling_rate(step, steps, peak, falling):
     """Learning rate at a step, counted from 1: peak, and over the last share falling of the steps linearly to 0."""
-    return peak * min(1.0, (steps - step + 1) / (steps * falling))
+    return peak * min(1.0, (steps - step + 1) / max(1, steps * falling))
 
 
 def take_step(optimizer, loss, learning_rate, max_norm=None):

@@ -52,7 +52,7 @@ DEFAULTS = dict(
 FACES = dict(steps=14000, batch_size=32)
 LEARNING_RATES = dict(digits=(1e-3, 1e-3), faces=(1e-4, 2e-4))     # of Adam, at the peak, of G and of D
 BETAS = (0.0, 0.99)
-FALLING = 1 / 3              # share of the steps over which the learning rates fall to 0, at the end
+FALLING = dict(digits=1 / 3, faces=0)     # share of the steps over which the learning rates fall to 0, at the end
 R1_WEIGHT = dict(digits=0.2, faces=0.05)     # the mean weight of the penalty
 R1_EVERY = 16                # steps from one penalty to the next
 CLASS_WEIGHT = dict(digits=1.0, faces=30.0)   # of the generator's class loss
@@ -150,7 +150,7 @@ def train(args):
 
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
-        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING)
+        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING[data])
                                               for peak in LEARNING_RATES[data]]
         trains_generator, scalars = step > ALONE[data], {}
         # batch: the generated images have the labels of the real ones; half of the faces are mirrored
