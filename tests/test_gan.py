@@ -74,6 +74,7 @@ def test_learning_rates_fall_at_the_end():
     rates = [falling_rate(step, 300, 0.2, p2_gan.FALLING) for step in range(1, 301)]
     assert rates[:200] == [0.2] * 200 and rates[-1] == pytest.approx(0.2 / 100)
     assert all(later < earlier for earlier, later in zip(rates[200:], rates[201:]))
+    assert [falling_rate(step, 300, 0.2, 0) for step in (1, 300)] == [0.2, 0.2]
 
 
 def test_spectral_norm_against_svd():
