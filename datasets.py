@@ -149,7 +149,7 @@ def read_numbers(column, path, allowed):
 
 
 class FaceImages:
-    """The faces of one split: names (N, sorted), images (N, 3, 64, 64) uint8, attributes (a DataFrame of N texts)."""
+    """The faces of one split: names (N, sorted), images (N, 3, 64, 64) uint8, attributes (a DataFrame of N rows)."""
 
     def __init__(self, data_dir, split):
         folder = os.path.join(data_dir, 'face', split)
@@ -232,10 +232,10 @@ def augment_digits(images, strength, rng, backgrounds=None):
 
     An image is stretched to the whole of [0, 1]; then, at strength 1, it is turned by up to 15 degrees, sheared by up
     to 0.2, scaled per axis by up to exp(0.2) and moved by up to 2 pixels; for half of the images the contrast around a
-    random grey is raised by up to exp(2), so that strokes become sharp, thick or thin; a smooth random background, or
-    that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al. 2016: the absolute
-    difference); half of the images are blurred; colours are inverted with probability 1/2 and mixed by a random
-    matrix; Gaussian noise is added.  Strength 0 changes nothing.
+    random grey is raised by up to exp(2), so that strokes become sharp, thick or thin; for two thirds of the images a
+    smooth random background, or that of backgrounds (N, 3, 28, 28), is blended in as MNIST-M was made (Ganin et al.
+    2016: the absolute difference); half of the images are blurred; colours are inverted with probability 1/2 and
+    mixed by a random matrix; Gaussian noise is added.  Strength 0 changes nothing.
     """
     if strength == 0:
         return images
@@ -291,11 +291,11 @@ def balanced_rows(labels, count, rng):
 # -------------------------------------------------------------------- pictures and label files out
 
 def check_output(path, endings=None):
-    """Raise UserError if path cannot be written or ends wrongly: not in endings; without them, as an image or net."""
+    """Raise UserError if path cannot be written, or has none of endings or, without them, that of an image or a net."""
     if path.endswith(os.sep) or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f'{path} is a folder or a device: name a file to write')
     if endings and not path.lower().endswith(endings):
-        raise UserError(f'{path} does not end in {", ".join(endings[:-1])} or {endings[-1]}: name such a file')
+        raise UserError(f'{path} does not end in {" or ".join(endings)}: name such a file')
     if not endings and path.lower().endswith(IMAGE_ENDINGS + ('.pth',)):
         raise UserError(f'{path} has the name of an image or a checkpoint: name a CSV file')
     check_parent(path)
@@ -421,7 +421,8 @@ def new_parser(problem, about, defaults, does, writes):
     mode.add_argument('--plot', action='store_true', help='write the figures and tables')
     parser.add_argument('--data_dir', default='hw3_data', help='folder that holds face/ and digits/ (hw3_data)')
     parser.add_argument('--out', help=f'{writes}; --plot: folder of the figures (figures)')
-    parser.add_argument('--ckpt', help=f'checkpoint to read, or to write with --train (checkpoints/{problem}....pth)')
+    parser.add_argument('--ckpt', help='checkpoint to read, or to write with --train; with --plot '
+                        f'for problems 1 and 2 (checkpoints/{problem}....pth)')
     parser.add_argument('--resume', action='store_true', help='--train: go on with what was stopped')
     parser.add_argument('--steps', type=count, help=f'--train: training steps ({defaults["steps"]})')
     parser.add_argument('--batch_size', type=count, help=f'images in a batch ({defaults["batch_size"]})')
@@ -452,6 +453,8 @@ def parse_shared(parser, problem, needs, argv):
         parser.error(f'--source {args.source} is the target: name another domain')
     if 'target' in args and args.train and not args.target and (args.ckpt or args.source):
         parser.error('--ckpt and --source are for one run: give its --target too')
+    if args.train and args.out or args.resume and not args.train:
+        parser.error('--resume is for --train, and --out is not: --ckpt names the file that --train writes')
     if args.plot:
         args.out = args.out or 'figures'
     elif not args.train and not all(getattr(args, name) for name in needs):
@@ -470,7 +473,7 @@ def run_command(function, args):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = ' '.join(str(error).split())
         if is_out_of_memory(error):
-            message = f'there is not enough memory ({message[:160]}): free some, or give a smaller --batch_size'
+            message = f'there is not enough memory ({message[:160]}): free some, or give a smaller --batch_size or --n'
         elif isinstance(error, RuntimeError):
             raise                          # a mistake of this program's
         sys.exit(f'{program}: {message}')

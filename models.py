@@ -417,7 +417,7 @@ def fastest_layout(net):
 
 
 def on_device(images, device):
-    """Move a float image batch to device, in the memory layout of most nets that a Run keeps."""
+    """Move a float image batch to device, in channels_last where torch is new: see fastest_layout."""
     images = images.to(device)
     return images.contiguous(memory_format=torch.channels_last) if MODERN else images
 
@@ -610,9 +610,9 @@ def measure_generated(generated, judge, real, device):
 
 
 def check_scores(scores_path, scores, what, ckpt):
-    """Raise UserError if what the scores say of a net, 'diffusion', 'acgan' or 'faces', is not of the file ckpt."""
+    """Raise UserError if the scores of the net what ('acgan', 'p1_vae', ...) are not those of the file ckpt."""
     if {record['sha256'] for record in scores if record['what'] == what} != {sha256(ckpt)}:
-        raise UserError(f'{scores_path} has no scores of {ckpt}: let tests/benchmark.py conditional measure them')
+        raise UserError(f'{scores_path} has no scores of {ckpt}: let tests/benchmark.py measure them')
 
 
 def label_folder(problem, ckpt, target, folder, batch_size, device):
@@ -664,7 +664,7 @@ class Run:
     """
 
     def __init__(self, args, problem, defaults, constants, ckpt):
-        check_output(ckpt, (os.path.splitext(ckpt)[1],))
+        check_output(ckpt, ('.pth',))
         if os.path.exists(ckpt):
             load_checkpoint(ckpt, problem)             # a file of another kind must not be overwritten
         self.problem, self.ckpt, self.base = problem, ckpt, base_of(ckpt)
@@ -859,10 +859,8 @@ def read_results(problem, shipped):
     A result is a dict of source, target, seed, log (the path) and what was measured.  UserError if there is no log.
     """
     rows = {}
-    for path in sorted(glob.glob(os.path.join(CHECKPOINTS, problem + '_*.jsonl'))
-                       + glob.glob(os.path.join(CHECKPOINTS, problem[:2] + '_runs', '*', '*.jsonl'))):
-        if path.endswith('_last.jsonl'):
-            continue
+    names = [f'{problem}_{target}.jsonl' for target in SOURCE_OF] + [f'{problem[:2]}_runs/*/*_seed*[0-9].jsonl']
+    for path in sorted(path for name in names for path in glob.glob(os.path.join(CHECKPOINTS, name))):
         log, name = read_log(path), re.match(r'(.+)_seed\d+\.jsonl', os.path.basename(path))
         result = dict({key: log[0]['settings'][key] for key in ('source', 'target', 'seed')}, log=path, **log[-1])
         rows.setdefault(name.group(1) if name else shipped, []).append(result)
@@ -894,8 +892,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, problem):
     """Return the dict that save_checkpoint wrote for problem ('p1_vae', ...), on the CPU; UserError if it cannot."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}: train one with {problem.split()[0]}.py --train, or restore it '
-                        'with git')
+        raise UserError(f'there is no checkpoint {path}: train it as README.md says, or restore it with git')
     try:
         with warnings.catch_warnings():    # a newer torch says that this format is old
             warnings.simplefilter('ignore')

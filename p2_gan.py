@@ -61,7 +61,7 @@ METHODS = dict(              # learning rates of G and of D; G learns at every g
     wgan_div=dict(loss='wasserstein', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.9), generator_every=5),
     dragan=dict(loss='logistic', norm='layer', learning_rates=(2e-4, 2e-4), betas=(0.5, 0.999), generator_every=1),
     r1=dict(loss='logistic', norm='none', learning_rates=(2e-4, 2e-4), betas=(0.0, 0.99), generator_every=1))
-# weight is the mean weight of a penalty; every, by which it is multiplied, the number of steps from one to the next
+# at each every-th step a penalty is added with weight * every, so that its mean weight is weight
 PENALTIES = dict(
     wgan_gp=dict(weight=10, every=1), wgan_div=dict(weight=2, every=1), dragan=dict(weight=10, every=1),
     r1=dict(weight=0.05, every=16))
@@ -117,8 +117,8 @@ def gradient_penalty(method, score, real, fake, rng):
     elif method == 'dragan':
         points = real + 0.5 * real.std() * torch.rand(real.shape, generator=rng).to(real.device)
     else:
-        share = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
-        points = real + share * (fake - real)
+        epsilon = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
+        points = real + epsilon * (fake - real)
     points = points.detach().requires_grad_()
     gradient, = torch.autograd.grad(score(points).sum(), points, create_graph=True)
     squares = (gradient ** 2).flatten(1).sum(1)

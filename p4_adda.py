@@ -127,7 +127,8 @@ def debiased(probabilities, shares):
 def teacher_probabilities(teacher, images, shares):
     """Return the probabilities (N, 10) that the teacher gives to float images, with the statistics of their batch.
 
-    If shares (10,) are given, they move towards the mean of these, and what is returned is debiased.
+    If shares (10,) are given, they move towards the mean of these, and what is returned is debiased.  The teacher's
+    running statistics move too; with_statistics replaces them.
     """
     teacher.encoder.train()
     probabilities = torch.softmax(teacher(images).float(), 1)
@@ -138,9 +139,9 @@ def teacher_probabilities(teacher, images, shares):
     return debiased(probabilities, shares)
 
 
-def learning_rate_at(step, first, steps):
-    """Learning rate at a step: one schedule for the source's part, which ends at first, and one for the rest."""
-    part = (step, first) if step <= first else (step - first, steps - first)
+def learning_rate_at(step, source_end, steps):
+    """Learning rate at a step: one schedule for the source's part, which ends at source_end, and one for the rest."""
+    part = (step, source_end) if step <= source_end else (step - source_end, steps - source_end)
     return cosine_rate(*part, peak=LEARNING_RATE, warm_up=LEARNING_RATE_WARM_UP)
 
 
@@ -170,8 +171,7 @@ def train_run(run, data_dir):
     # device and seed
     settings, device, rng = run.settings, run.device, run.rng
     pieces = settings['pieces'].split(',')
-    # ends of the source's part and of the adversarial one
-    first, last = run.last_step // 10, run.last_step - run.last_step // 5
+    source_end, adversarial_end = run.last_step // 10, run.last_step - run.last_step // 5
     # data
     source, target = [read_digits(data_dir, settings[domain], 'train') for domain in ('source', 'target')]
     test = read_digits(data_dir, settings['target'], 'test')
@@ -203,11 +203,11 @@ def train_run(run, data_dir):
         rows = target_train[torch.randint(len(target_train), (run.batch_size,), generator=rng)]
         target_x = on_device(to_float(unlabelled[rows]), device)
         # the first steps train on the source; then the target encoder starts as a copy of the source encoder
-        adapts, all_losses = step > first, step <= last or 'self_training' not in pieces
-        if step == first + 1:
+        adapts, all_losses = step > source_end, step <= adversarial_end or 'self_training' not in pieces
+        if step == source_end + 1:
             source_net.load_state_dict(average.state_dict())
             net.load_state_dict(average.state_dict())
-        learning_rate = learning_rate_at(step, first, run.last_step)
+        learning_rate = learning_rate_at(step, source_end, run.last_step)
         loss, scalars = 0, {}
         if adapts:
             with run.autocast():
@@ -271,7 +271,7 @@ def augmented_view(images, unlabelled, rows, pieces, rng, device):
 
 
 def statistics_of(images, rows, unlabelled, target_rows, pieces, seed):
-    """Return float images, as a run of this seed trains on them, that give the batch norms their statistics."""
+    """Return the first STATISTICS of images[rows] (N, 3, 28, 28), as a run of this seed trains on them: float."""
     return augmented_view(to_float(images[rows[:STATISTICS]]), unlabelled, target_rows, pieces,
                           torch.Generator().manual_seed(seed), torch.device('cpu'))
 

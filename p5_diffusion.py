@@ -77,8 +77,8 @@ def alpha_bars():
 
 
 def add_noise(x, noise, alpha_bar):
-    """Return images x (N, 3, H, W) with noise, for alpha_bar (N,) or a number: Ho et al. 2020, eq. 4."""
-    alpha_bar = torch.as_tensor(alpha_bar).view(-1, 1, 1, 1)
+    """Return images x (N, 3, H, W) with noise, for alpha_bar (N,): Ho et al. 2020, eq. 4."""
+    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
     return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
 
 
@@ -123,19 +123,19 @@ def train(args):
     judge = load_net(DigitNet, JUDGE, 'p3_dann', device)[0]
     digits, test = [read_digits(args.data_dir, 'mnistm', split) for split in ('train', 'test')]
     train_rows, val_rows = split_held_out(len(digits.names))
-    # nets
     alpha_bar = alpha_bars().to(device)
+    # held-out images always have the same noise
+    val_rng = torch.Generator().manual_seed(0)
+    val_images = 2 * to_float(digits.images[val_rows]) - 1
+    val_steps = torch.randint(1, NOISE_STEPS + 1, (len(val_rows),), generator=val_rng)
+    val_noise = torch.randn(val_images.shape, generator=val_rng)
+    # nets
     net = run.keep('net', UNet(**NET))
     average = run.keep('average', copy.deepcopy(net)).eval()
     run.facts(net, training_images=len(train_rows), held_out=len(val_rows),
               data=data_checksum(digits.images, digits.labels, test.images), judge=sha256(JUDGE))
     # optimizers
     optimizer = run.keep('optimizer', torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99)))
-    # held-out images always have the same noise
-    val_rng = torch.Generator().manual_seed(0)
-    val_images = 2 * to_float(digits.images[val_rows]) - 1
-    val_steps = torch.randint(1, NOISE_STEPS + 1, (len(val_rows),), generator=val_rng)
-    val_noise = torch.randn(val_images.shape, generator=val_rng)
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
         # batch: a share of the labels is dropped

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets import (ATTRIBUTES, FaceImages, check_images_out, data_checksum, new_parser, number_between,
+from datasets import (ATTRIBUTES, FaceImages, UserError, check_images_out, data_checksum, new_parser, number_between,
                       parse_shared, random_flip, read_digits, run_command, save_classes, split_held_out, to_float,
                       to_uint8, to_unit, write_text)
 from models import (CHECKPOINTS, ClassDiscriminator, DigitGenerator, DigitNet, FaceGenerator, Generator, Run,
-                    check_scores, default_path, falling_rate, load_net, measure_generated, on_device, pick_device,
-                    read_log, repeatable, run_batches, sha256, take_step, update_average)
+                    check_scores, default_path, falling_rate, load_checkpoint, load_net, measure_generated, on_device,
+                    pick_device, read_log, repeatable, run_batches, sha256, take_step, update_average)
 from report import figures
 
 PROBLEM = 'p6_acgan'
 
-# nets: channels at all, a half, a quarter, ... of the pixels; of the generator of faces without the first
+# nets: channels at size, size / 2, size / 4, ... pixels; the generator of faces begins at size / 2
 GENERATORS = dict(digits=DigitGenerator, faces=FaceGenerator)
 GENERATOR = dict(
     digits=dict(latent_dim=64, classes=10, channels=[32, 64, 128], size=28),
@@ -49,7 +49,7 @@ DEFAULTS = dict(
     data='digits',           # or faces
     attribute='Smiling',     # of faces: the second of the two classes has it
     generated_class_weight=0.0)      # of the discriminator's class loss of generated images; 1: the paper's
-FACES = dict(steps=14000, batch_size=32)
+FACES = dict(steps=8000, batch_size=32)
 LEARNING_RATES = dict(digits=(1e-3, 1e-3), faces=(1e-4, 2e-4))     # of Adam, at the peak, of G and of D
 BETAS = (0.0, 0.99)
 FALLING = dict(digits=1 / 3, faces=0)     # share of the steps over which the learning rates fall to 0, at the end
@@ -76,7 +76,7 @@ SCORES = os.path.join(CHECKPOINTS, 'p5_scores.jsonl')      # of tests/benchmark.
 
 # ---------------------------------------------------------------------------- losses and schedules
 
-def adversarial_loss(real_scores, fake_scores):
+def discriminator_loss(real_scores, fake_scores):
     """Mean logistic loss of scores (N,) of real images plus that of generated ones: Goodfellow et al. 2014, eq. 1."""
     return F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()
 
@@ -150,20 +150,20 @@ def train(args):
 
     # loop
     for step in run.steps(LOG_EVERY, SAVE_EVERY):
-        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING[data])
-                                              for peak in LEARNING_RATES[data]]
         trains_generator, scalars = step > ALONE[data], {}
         # batch: the generated images have the labels of the real ones; half of the faces are mirrored
         rows = train_rows[torch.randint(len(train_rows), (run.batch_size,), generator=rng)]
         x, asked = 2 * to_float(images[rows].to(device)) - 1, labels[rows].to(device)
         x = on_device(random_flip(x, rng) if data == 'faces' else x, device)
-        z = torch.randn(run.batch_size, config['latent_dim'], generator=rng).to(device)
+        noise = torch.randn(run.batch_size, config['latent_dim'], generator=rng).to(device)
         # update: discriminator, whether an image is real, and of which class it is
+        generator_rate, discriminator_rate = [falling_rate(step, run.last_step, peak, FALLING[data])
+                                              for peak in LEARNING_RATES[data]]
         with torch.set_grad_enabled(trains_generator), run.autocast():
-            generated = generator(z, asked)
+            generated = generator(noise, asked)
         scores, logits = discriminate(torch.cat([x, generated.detach().float()]))
         (real_scores, fake_scores), (real_logits, fake_logits) = scores.chunk(2), logits.chunk(2)
-        loss = adversarial_loss(real_scores, fake_scores)
+        loss = discriminator_loss(real_scores, fake_scores)
         discriminator_class_loss = class_loss(real_logits, fake_logits, asked, settings['generated_class_weight'])
         scalars.update(discriminator_loss=loss.detach(), class_loss=discriminator_class_loss.detach())
         loss = loss + discriminator_class_loss
@@ -207,7 +207,11 @@ def infer(args):
     # on the CPU unless asked otherwise: the picture is nearly the same on every machine
     device = pick_device(args.device or 'cpu')
     data = args.data or DEFAULTS['data']
-    ckpt = args.ckpt or shipped(data, args.attribute or DEFAULTS['attribute'])
+    attribute = (args.attribute or DEFAULTS['attribute']) if data == 'faces' else ''
+    ckpt = args.ckpt or shipped(data, attribute)
+    settings = load_checkpoint(ckpt, PROBLEM)['settings']
+    if (settings['data'], settings['attribute']) != (data, attribute):
+        raise UserError(f'{ckpt} draws {settings["attribute"] or "digits"}: give its --data and --attribute')
     generator = load_net(GENERATORS[data], ckpt, PROBLEM, device)[0]
     count = args.n or (SINGLE if single else COLUMNS)
     images = generate_images(generator, count, args.seed or DEFAULTS['seed'], device)

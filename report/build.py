@@ -34,7 +34,7 @@ SIZES = dict(usps=('7,291', '2,007'), mnistm=('60,000', '10,000'), svhn=('19,253
 
 # rows of the tables on digits: label, row as the files of its runs name it, which accuracy
 ASKED = (('lower bound: source only', 'source', 'accuracy'), ('**DANN + entropy**', 'dann_entropy', 'accuracy'),
-         ('**improved ADDA**', 'improved', 'accuracy'), ('upper bound: labels of the target', 'target', 'accuracy'))
+         ('**improved ADDA**', 'improved', 'accuracy'), ('upper bound: with labels', 'target', 'accuracy'))
 MORE = (('DANN', 'dann', 'accuracy'), ('plain ADDA', 'plain', 'accuracy'),
         ('plain ADDA, before adaptation', 'plain', 'unadapted_accuracy'),
         ('improved ADDA, before adaptation', 'improved', 'unadapted_accuracy'),
@@ -114,9 +114,9 @@ def constants_of(script, *names):
 
 
 def power_of_ten(value):
-    """Return a small number as people write it: 7.5 · 10⁻⁵."""
-    digits, exponent = f'{value:.1e}'.split('e')
-    return f'{digits} · 10' + str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
+    """Return a small number as people write it, like 7.5 · 10^−5."""
+    digits, exponent = f'{value:.1e}'.split('e-')
+    return f'{digits} · 10^−{int(exponent)}'
 
 
 def vae_table():
@@ -158,8 +158,9 @@ def gan_values():
     counts = {record['sha256']: record for record in read_log(p2_gan.COUNTS)
               if (record['kind'], record['what']) == ('count', 'p2_gan')}
     count = counts.pop(sha256(p2_gan.CKPT))            # what is left are counts of earlier nets
-    penalties = dict(wgan_gp='norm 1 between real and generated', wgan_div='small between real and generated',
-                     dragan='norm 1 near real images', r1='small at real images')
+    terms = dict(wgan_gp='(|∇D| − 1)^2, between real and generated', wgan_div='|∇D|^6, between real and generated',
+                 dragan='(|∇D| − 1)^2, near real images', r1='|∇D|^2, at real images')
+    penalties = {name: f'{penalty["weight"]:g} ' + terms[name] for name, penalty in p2_gan.PENALTIES.items()}
     names = dict(dcgan='DCGAN', sngan='SNGAN', wgan_gp='WGAN-GP', wgan_div='WGAN-div', dragan='DRAGAN', r1='R1',
                  wasserstein='Wasserstein')
     methods = [[f'{names[name]} ({name})', names.get(method['loss'], method['loss']), method['norm'],
@@ -320,16 +321,16 @@ def readme_parts(texts):
     augmented = [[rounded(float(means[f'{target}_source{end}']), 0) for end in ('_not_augmented', '')]
                  for target in ('mnistm', 'svhn')]
     table = markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'], digits)
-    below = (f'Means over {len(SEEDS)} seeds, on test images of the second domain. † Our SVHN is probably easier than '
-             'the official test set: do not compare this row with papers. Entropy: a loss that makes the net sure. '
-             'Improved: with the pieces below. The VAE reconstructs test faces with a mean squared error of '
-             f'{vae["mse"]} per pixel. Two extra models draw the digit asked for: a classifier reads it in '
-             '{} % (diffusion) and {} % (ACGAN), and {} % of real digits.'.format(*read_as_asked))
+    below = (f'Means over {len(SEEDS)} seeds, on test images of the target. † Our SVHN is probably easier than the '
+             'official test set: do not compare this row with papers. Entropy: a loss that makes predictions for '
+             f'target images confident. Improved: with the pieces below. The VAE has a mean squared error of '
+             f'{vae["mse"]} per pixel on test faces. Two extra models draw the digit asked for: a classifier reads '
+             '{} % (diffusion) and {} % (ACGAN) so, and {} % of real digits.'.format(*read_as_asked))
     small, speed = face_scores()['p2_methods/r1'], log_of(os.path.join(CHECKPOINTS, 'p2_cpu'))[1]['images_per_second']
     hours, distance = rounded(small['images'] / speed / 3600, 0), rounded(small['frechet'], 1)
-    machines = (f'Cores of an {CPU}, for ACGAN of a newer, busy one; the GPU, an NVIDIA H100, trained other nets too. '
-                'For a CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth` would take '
-                f'about {hours} hours on one core; its Fréchet distance, on a GPU, was {distance} (shipped: '
+    machines = (f'The core is one of an {CPU}, for ACGAN of a newer, busy one; the GPU, an NVIDIA H100, also trained '
+                'other nets. For a CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth`, '
+                f'about {hours} hours on one core; on a GPU its Fréchet distance was {distance} (shipped: '
                 f'{texts["gan"]["shipped"]["frechet"]}).')
     taught = [[rounded(float(cell.split()[0]), 0) for cell in row[1:]] for row in texts['ablation']
               if row[0] in ('+ conditional', '+ diversity')]
@@ -368,7 +369,7 @@ def trainings(results):
             ('python3 p5_diffusion.py --train', 'the diffusion model', [log_of(p5_diffusion.CKPT)]),
             ('python3 p6_acgan.py --train', 'ACGAN of digits', acgan),
             ('python3 p6_acgan.py --train --data faces', 'ACGAN of faces', acgan_faces),
-            ('bash report/train_tables.sh', 'each run of the tables that has no log (in a clone: none)', of_tables)):
+            ('bash report/train_tables.sh', 'runs of the tables whose log was deleted (a clone has all)', of_tables)):
         minutes = sum(map(minutes_of, logs))
         took = f'{rounded(minutes, 0)} minutes'
         if len(logs) > len(SOURCE_OF):

@@ -101,7 +101,7 @@ def test_norm_of_a_class_is_a_batch_norm_with_its_scale_and_shift():
 def test_losses_of_acgan_are_cross_entropies(weight):
     real, fake, labels = torch.randn(4), torch.randn(4), torch.tensor([0, 2, 1, 2])
     real_logits, fake_logits = torch.randn(4, 3), torch.randn(4, 3)
-    adversarial = p6_acgan.adversarial_loss(real, fake)
+    adversarial = p6_acgan.discriminator_loss(real, fake)
     assert torch.allclose(adversarial, -torch.sigmoid(real).log().mean() - torch.sigmoid(-fake).log().mean())
     of_real, of_fake = [-torch.log_softmax(logits, 1)[range(4), labels].mean() for logits in (real_logits, fake_logits)]
     assert torch.allclose(p6_acgan.class_loss(real_logits, fake_logits, labels, weight), of_real + weight * of_fake)
