@@ -93,7 +93,7 @@ class VAE(nn.Module):
     def forward(self, x, noise):
         """Return reconstruction (N, 3, 64, 64), mean and log-variance (N, latent_dim).
 
-        noise is a draw of N(0, I), (N, latent_dim): z = mean + exp(log_variance / 2) noise.
+        noise is a sample of N(0, I), (N, latent_dim): z = mean + exp(log_variance / 2) noise.
         """
         mean, log_variance = self.encoder(x)
         z = mean + torch.exp(0.5 * log_variance) * noise
@@ -509,9 +509,9 @@ def frechet_distance(a, b):
 
 
 def decode_noise(decoder, count, dimensions, seed, device):
-    """Decode count draws of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images; decoder gives [0, 1].
+    """Decode count samples of N(0, I), (count, dimensions), into (count, 3, H, W) uint8 images; decoder gives [0, 1].
 
-    The draws come from NumPy's legacy generator, whose stream is frozen (NEP 19).  Each is decoded alone and on one
+    The samples come from NumPy's legacy generator, whose stream is frozen (NEP 19).  Each is decoded alone and on one
     thread, since the last bit of a convolution may change with the batch size and the number of threads.
     """
     noise = np.random.RandomState(seed).standard_normal((count, dimensions)).astype(np.float32)

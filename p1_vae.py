@@ -56,8 +56,8 @@ TABLE_SEED = 10              # picks the ten test images of table 1_3
 SWEEP = os.path.join(CHECKPOINTS, 'p1_lambda')                     # logs of other lambda_KL
 LINEAR_CODE = os.path.join(CHECKPOINTS, 'p1_linear_code.jsonl')    # of tests/benchmark.py
 SAMPLES = os.path.join(CHECKPOINTS, 'p1_samples.jsonl')            # scores of the faces that they draw, likewise
-# of a public report: KL in nats, read off its training curve, and MSE on ten test faces, decoded from a draw (its mean
-# sum of squares, 88.1, over 12,288 values): see report/references.yml
+# of a public report: KL in nats, read off its training curve, and MSE on ten test faces, decoded from a sample (the
+# mean sum of squares, 88.1, over 12,288 values): see report/references.yml
 PUBLISHED = (51.8, 0.00717)
 
 
@@ -81,7 +81,7 @@ def lambda_kl_at(step, settings):
 def measure(vae, images, device):
     """Measure a VAE in eval() on (N, 3, 64, 64) uint8 images: a dict of means over them.
 
-    mse is that of the image decoded from q's mean, reconstruction of one decoded from a draw of q (both per pixel in
+    mse is that of the image decoded from q's mean, reconstruction of one decoded from a sample of q (both per pixel in
     [0, 1]); kl is in nats.
     """
     noise = np.random.RandomState(0).standard_normal((len(images), vae.decoder.project.in_features))
@@ -231,7 +231,7 @@ def plot_learning_curves(path, log):
         for panel, scalar in zip(axes, ('reconstruction', 'kl')):
             panel.plot(images_seen, [record[scalar] for record in records], color=colour, label=label,
                        linewidth=1.4 if kind == 'held_out' else 0.7)
-    axes[0].set(title='Reconstruction, decoded from a draw of q(z|x)', yscale='log',
+    axes[0].set(title='Reconstruction, decoded from a sample of q(z|x)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='MSE per pixel in [0, 1]')
     axes[1].set(title='KL divergence from N(0, I)', yscale='log',
                 xlabel='training images seen (thousands)', ylabel='KL (nats per image)')
@@ -330,9 +330,9 @@ def plot_rate_distortion(path, ckpt, linear):
                       textcoords='offset points', color=figures.COLOURS[0], ha='right', va='top', rotation=35,
                       rotation_mode='anchor')
     axes.plot(records[0]['kl'], records[0]['reconstruction'], 's', color=figures.COLOURS[0], markersize=5,
-              label='this VAE (shipped), decoded from a draw')
+              label='this VAE (shipped), decoded from a sample')
     axes.plot(*PUBLISHED, '*', color=figures.COLOURS[5], markersize=8,
-              label='a public report, from a draw, ten faces')
+              label='a public report, from a sample, ten faces')
     axes.set(title='Rate and distortion on the test faces', xlabel='KL (nats per image)',
              ylabel='MSE per pixel in [0, 1]', xscale='log', yscale='log', xlim=(10, 300), ylim=(0.003, 0.02))
     axes.set_xticks([10, 20, 50, 100, 200])

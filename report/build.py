@@ -322,9 +322,9 @@ def readme_parts(texts):
                  for target in ('mnistm', 'svhn')]
     table = markdown(['digits: accuracy in %', 'source only', 'DANN + entropy', 'improved ADDA', 'with labels'], digits)
     below = (f'Means over {len(SEEDS)} seeds, on test images of the target. † Our SVHN is probably easier than the '
-             'official test set: do not compare this row with papers. Entropy: a loss that makes predictions for '
+             'official one: do not compare this row with papers. Entropy: a loss that makes predictions for '
              f'target images confident. Improved: with the pieces below. The VAE has a mean squared error of '
-             f'{vae["mse"]} per pixel on test faces. Two extra models draw the digit asked for: a classifier reads '
+             f'{vae["mse"]} per pixel on test faces. Two extras draw the digit asked for: a classifier reads '
              '{} % (diffusion) and {} % (ACGAN) so, and {} % of real digits.'.format(*read_as_asked))
     small, speed = face_scores()['p2_methods/r1'], log_of(os.path.join(CHECKPOINTS, 'p2_cpu'))[1]['images_per_second']
     hours, distance = rounded(small['images'] / speed / 3600, 0), rounded(small['frechet'], 1)

@@ -4,7 +4,7 @@ import p5_diffusion
 import p6_acgan
 import pytest
 import torch
-from conftest import assert_drawn, assert_one_line, records, run, same, state, stop, train, weights
+from conftest import assert_drawn, assert_one_line, records, refusal, run, same, state, stop, train, weights
 from datasets import FaceImages, read_digits, to_uint8
 from models import (ClassDiscriminator, ClassNorm, FaceGenerator, Generator, UNet, load_checkpoint, load_net,
                     measure_generated, sha256, write_log)
@@ -233,13 +233,20 @@ def test_figures(copy_of_project, data_dir, tmp_path, capsys):
     scores[-1]['sha256'] = 'of another net'
     write_log(str(folder / 'p5_scores.jsonl'), scores)
     result = run(['python3', copy_of_project / 'p6_acgan.py', '--plot', '--out', tmp_path / 'other'])
-    assert_one_line(result, 'has no scores of', 'p6_acgan_smiling.pth', 'benchmark.py conditional')
+    assert_one_line(result, 'has no scores of', 'p6_acgan_smiling.pth', 'let tests/benchmark.py measure')
 
 
 def test_judge_is_asked_for(data_dir, tmp_path):
     for program in (p5_diffusion, p6_acgan):
-        with pytest.raises(SystemExit, match=r'none.pth.*p3_dann.py --train'):
+        with pytest.raises(SystemExit, match=r'none.pth.*README.md'):
             train(program, data_dir, tmp_path / 'run.pth', JUDGE='none.pth')
+
+
+@pytest.mark.parametrize('words', [['--data', 'faces', '--attribute', 'Male'], []])
+def test_net_of_another_attribute_is_refused(words, tmp_path, capsys):
+    ckpt, out = p6_acgan.shipped('faces', 'Smiling'), tmp_path / 'out.png'
+    code, line = refusal(capsys, p6_acgan, '--ckpt', ckpt, '--out', out, *words)
+    assert code == 1 and 'draws Smiling' in line and not out.exists()
 
 
 def test_attribute_of_a_resumed_run(data_dir, tmp_path, monkeypatch):

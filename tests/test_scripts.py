@@ -274,7 +274,8 @@ def test_wrong_flags(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(str(tmp_path))
     rows = [('', 'say --'), ('--train --plot', '--plot'), ('--out x.png --nonsense', '--nonsense'),
             ('--out x.png --seed -1', '--seed'), ('--out x.png --batch_size 0', '--batch_size'),
-            ('--train --steps 0', '--steps'), ('--out x.png --device tpu', '--device')]
+            ('--train --steps 0', '--steps'), ('--out x.png --device tpu', '--device'),
+            ('--train --out x.pth', '--ckpt names'), ('--out x.png --resume', '--resume is for --train')]
     rows += [('--images x --target usps', 'say'), ('--images x --out y', 'say'), ('--target usps --out y', 'say'),
              ('--images x --target mnist --out y', '--target'), ('--train --target usps --source usps', 'is the target')
              ] if program in LABELLING else [('--out x.png --n 0', '--n'), ('--n 3', 'say --out')]
