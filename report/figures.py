@@ -46,7 +46,7 @@ def new_figure(height, rows=1, columns=1, width=WIDTH):
 
 
 def save_figure(path, figure):
-    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 64 colours do.
+    """Write a figure to path at 150 dots per inch: with photographs as .jpg; else as .png, where 256 colours do.
 
     It keeps its width, but white rows above and below it are cut off.
     """
@@ -59,7 +59,7 @@ def save_figure(path, figure):
         if path.endswith('.jpg'):
             picture.save(temporary, 'JPEG', quality=75, optimize=True)
         else:
-            picture.quantize(64).save(temporary, 'PNG', optimize=True)
+            picture.quantize(256).save(temporary, 'PNG', optimize=True)
     figure.tight_layout()
     write_whole(path, write)
 
