@@ -291,7 +291,7 @@ def balanced_rows(labels, count, rng):
 # -------------------------------------------------------------------- pictures and label files out
 
 def check_output(path, endings=None):
-    """Raise UserError if path cannot be written, or has none of endings or, without them, that of an image or a net."""
+    """Raise UserError if path cannot be written or has none of endings or, without endings, names an image or a net."""
     if path.endswith(os.sep) or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f'{path} is a folder or a device: name a file to write')
     if endings and not path.lower().endswith(endings):

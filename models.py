@@ -612,7 +612,7 @@ def measure_generated(generated, judge, real, device):
 def check_scores(scores_path, scores, what, ckpt):
     """Raise UserError if the scores of the net what ('acgan', 'p1_vae', ...) are not those of the file ckpt."""
     if {record['sha256'] for record in scores if record['what'] == what} != {sha256(ckpt)}:
-        raise UserError(f'{scores_path} has no scores of {ckpt}: let tests/benchmark.py measure them')
+        raise UserError(f'{scores_path} has no scores of {ckpt}: run tests/benchmark.py (samples or conditional)')
 
 
 def label_folder(problem, ckpt, target, folder, batch_size, device):

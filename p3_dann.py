@@ -175,7 +175,7 @@ def train_run(run, data_dir):
 
 
 def statistics_of(images, rows, augment, seed):
-    """Return the first STATISTICS of images[rows] (N, 3, 28, 28), as a run of this seed trains on them: float."""
+    """Return images for the batch norms: the first STATISTICS of images[rows], float (n, 3, 28, 28), as in training."""
     return augment_digits(to_float(images[rows[:STATISTICS]]), augment, torch.Generator().manual_seed(seed))
 
 

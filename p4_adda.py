@@ -271,7 +271,7 @@ def augmented_view(images, unlabelled, rows, pieces, rng, device):
 
 
 def statistics_of(images, rows, unlabelled, target_rows, pieces, seed):
-    """Return the first STATISTICS of images[rows] (N, 3, 28, 28), as a run of this seed trains on them: float."""
+    """Return images for the batch norms: the first STATISTICS of images[rows], float (n, 3, 28, 28), as in training."""
     return augmented_view(to_float(images[rows[:STATISTICS]]), unlabelled, target_rows, pieces,
                           torch.Generator().manual_seed(seed), torch.device('cpu'))
 

@@ -324,12 +324,12 @@ def readme_parts(texts):
     below = (f'Means over {len(SEEDS)} seeds, on test images of the target. † Our SVHN is probably easier than the '
              'official one: do not compare this row with papers. Entropy: a loss that makes predictions for '
              f'target images confident. Improved: with the pieces below. The VAE has a mean squared error of '
-             f'{vae["mse"]} per pixel on test faces. Two extras draw the digit asked for: a classifier reads '
-             '{} % (diffusion) and {} % (ACGAN) so, and {} % of real digits.'.format(*read_as_asked))
+             f'{vae["mse"]} per pixel on test faces. Two extras draw the digit asked for: a classifier agrees in '
+             '{} % (diffusion) and {} % (ACGAN), and in {} % of real digits.'.format(*read_as_asked))
     small, speed = face_scores()['p2_methods/r1'], log_of(os.path.join(CHECKPOINTS, 'p2_cpu'))[1]['images_per_second']
     hours, distance = rounded(small['images'] / speed / 3600, 0), rounded(small['frechet'], 1)
-    machines = (f'The core is one of an {CPU}, for ACGAN of a newer, busy one; the GPU, an NVIDIA H100, also trained '
-                'other nets. For a CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth`, '
+    machines = (f'Core: {CPU}; ACGAN had a newer CPU, busy with other work. GPU: NVIDIA H100, which also trained other '
+                'nets. For a CPU: `python3 p2_gan.py --train --steps 10000 --batch_size 64 --ckpt small.pth`, '
                 f'about {hours} hours on one core; on a GPU its Fréchet distance was {distance} (shipped: '
                 f'{texts["gan"]["shipped"]["frechet"]}).')
     taught = [[rounded(float(cell.split()[0]), 0) for cell in row[1:]] for row in texts['ablation']

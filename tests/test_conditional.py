@@ -233,7 +233,7 @@ def test_figures(copy_of_project, data_dir, tmp_path, capsys):
     scores[-1]['sha256'] = 'of another net'
     write_log(str(folder / 'p5_scores.jsonl'), scores)
     result = run(['python3', copy_of_project / 'p6_acgan.py', '--plot', '--out', tmp_path / 'other'])
-    assert_one_line(result, 'has no scores of', 'p6_acgan_smiling.pth', 'let tests/benchmark.py measure')
+    assert_one_line(result, 'has no scores of', 'p6_acgan_smiling.pth', 'benchmark.py (samples or conditional)')
 
 
 def test_judge_is_asked_for(data_dir, tmp_path):

@@ -247,16 +247,19 @@ def test_stopped_run_leaves_the_old_checkpoint_and_its_log_alone(data_dir, tmp_p
 
 
 def test_file_of_another_kind_is_not_overwritten(data_dir, tmp_path):
-    (tmp_path / 'labels.csv').write_text('image_name,label')
+    for name in ('labels.csv', 'torn.pth'):
+        (tmp_path / name).write_text('image_name,label')
     save_checkpoint(str(tmp_path / 'other.pth'), dict(problem='p9_other'))
-    for name, words in (('labels.csv', 'does not end in .pth'), ('other.pth', 'is a checkpoint of p9_other')):
+    for name, words in (('labels.csv', 'does not end in .pth: name such a file'),
+                        ('torn.pth', 'is torn, or no checkpoint.*name another file'),
+                        ('other.pth', 'is a checkpoint of p9_other.*name another file')):
         before = (tmp_path / name).read_bytes()
-        with pytest.raises(SystemExit, match=f'{name}.*{words}.*name'):
+        with pytest.raises(SystemExit, match=f'{name}.*{words}'):
             train(p1_vae, data_dir, tmp_path / name, '--steps', 1)
         assert (tmp_path / name).read_bytes() == before
     with pytest.raises(SystemExit, match='is a folder'):
         train(p1_vae, data_dir, tmp_path)
-    assert len(os.listdir(str(tmp_path))) == 2
+    assert len(os.listdir(str(tmp_path))) == 3
 
 
 def test_killed_while_saving(data_dir, tmp_path):
